@@ -1,0 +1,8 @@
+"""The one exception a user is meant to read."""
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence, what was wrong and what would be right.
+
+    The command line prints the sentence and exits with code 2; nothing half-written is left behind.
+    """
