@@ -1,0 +1,109 @@
+"""The one optimiser of reconstruct and retrain: AdamW without weight decay, linear warm-up, linear decay to zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from perp.errors import UserError
+
+# float16 gradients below 6e-8 vanish; from 2^16 on down, the first steps find the largest scale that does not overflow.
+INITIAL_LOSS_SCALE = 2.0**16
+
+
+def learning_rate(step: int, steps: int, lr: float, warmup: float = 0.1) -> float:
+    """The rate of step 0 <= step < steps: with w = floor(warmup * steps),
+
+    lr * (step + 1) / (w + 1) for step < w, then lr * (steps - step) / (steps - w).
+
+    It peaks at lr in step w and would reach 0 in step `steps`; no step that is taken has rate 0.
+    """
+    rise = math.floor(warmup * steps)
+    if step < rise:
+        return lr * (step + 1) / (rise + 1)
+    return lr * (steps - step) / (steps - rise)
+
+
+class AdamW:
+    """AdamW (betas 0.9 and 0.999, eps 1e-8, weight decay 0) over a fixed number of steps with `learning_rate`.
+
+    16-bit parameters are trained through fp32 copies: gradients are added up in fp32, moments and update are fp32, and
+    the parameter is the rounded copy. For float16 activations (`dtype`) the loss is scaled; a step whose gradients
+    overflow is computed again at half the scale, so none is lost.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        steps: int,
+        warmup: float = 0.1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise UserError("there is nothing to train: choose parts that this model has.")
+        if not (math.isfinite(lr) and lr > 0):
+            raise UserError(f"the learning rate is {lr}; it must be a positive number.")
+        if not 0 <= warmup < 1:
+            raise UserError(f"the warm-up share is {warmup}; it must be at least 0 and less than 1.")
+        if steps < 1:
+            raise UserError(f"the number of steps is {steps}; it must be at least 1.")
+        self.lr, self.steps, self.warmup = lr, steps, warmup
+        self.taken = 0
+        self.scale = INITIAL_LOSS_SCALE if dtype == torch.float16 else 1.0
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.masters = [p.detach().float() if p.dtype.itemsize < 4 else p for p in self.parameters]
+        self.adam = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0)
+
+    def step(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+        """Take one step on the sum of the losses and return that sum.
+
+        Each callable runs one micro-batch forward and returns its scalar loss; graphs are freed one after the other. A
+        callable may be called again (float16 overflow), so it must not consume what it reads. UserError, with the step
+        and the rate, when a loss or a gradient is not finite.
+        """
+        rate = learning_rate(self.taken, self.steps, self.lr, self.warmup)
+        while True:
+            total = sum(self._backward(loss(), rate) for loss in losses)
+            if all(master.grad is None or bool(master.grad.isfinite().all()) for master in self.masters):
+                break
+            self.adam.zero_grad()
+            if self.scale <= 1:
+                self._refuse("a gradient became infinite or NaN", rate)
+            self.scale /= 2
+        for master in self.masters:
+            if master.grad is not None:
+                master.grad /= self.scale
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self.adam.zero_grad()
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        self.taken += 1
+        return total
+
+    def _backward(self, loss: Tensor, rate: float) -> float:
+        value = loss.item()
+        if not math.isfinite(value):
+            self._refuse(f"the loss became {value}", rate)
+        (loss.float() * self.scale).backward()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
+        return value
+
+    def _refuse(self, what: str, rate: float) -> None:
+        raise UserError(
+            f"{what} in step {self.taken + 1} of {self.steps} at learning rate {rate:.3g}; "
+            "train with a smaller learning rate, or in float32 if the model is float16."
+        )
