@@ -1,0 +1,25 @@
+"""Kernels for pruned linear layers: packed weights, masked adapters, pruning solvers. Knows nothing of models.
+
+Every op runs in plain torch and uses a faster implementation where this machine has one: `active()` tells which.
+"""
+
+from perp_kernels.dispatch import active, backend
+from perp_kernels.layouts import SparseWeight, pack
+from perp_kernels.ops.bits import pack_bits, unpack_bits
+from perp_kernels.ops.select import select
+from perp_kernels.pattern import Pattern, PatternError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Pattern",
+    "PatternError",
+    "SparseWeight",
+    "__version__",
+    "active",
+    "backend",
+    "pack",
+    "pack_bits",
+    "select",
+    "unpack_bits",
+]

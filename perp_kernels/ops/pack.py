@@ -1,0 +1,42 @@
+"""pack: a dense weight and its mask bits to the components of a layout.
+
+    pack(weight [R, K], bits uint8 [R, ceil(K/8)], layout) -> (values, index, row_ptr or None)
+
+in the canonical form of `perp_kernels.layouts`. For semi24 every group of four keeps exactly two. The number of values
+depends on the mask, so this runs outside traced code and is no torch.library op.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from perp_kernels import cpu, dispatch
+from perp_kernels.ops._rows import clear_pruned_
+from perp_kernels.ops.bits import bits_to_semi24, unpack_mask_rows
+
+
+def _reference(weight: Tensor, bits: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    R, K = weight.shape
+    kept = unpack_mask_rows(bits, K, "bitmap")
+    if layout == "dense":
+        return clear_pruned_(weight.clone(memory_format=torch.contiguous_format), kept), bits, None
+    flat = weight[kept]
+    if layout == "semi24":
+        return flat.view(R, K // 2), bits_to_semi24(bits), None
+    counts = kept.sum(1)
+    if R == 0 or bool((counts == counts[0]).all()):
+        return flat.view(R, flat.numel() // max(R, 1)), bits, None
+    return flat, bits, torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _cpu_supports(weight: Tensor, bits: Tensor, layout: str) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in cpu.ELEMENTS
+
+
+dispatch.register("pack", "reference", _reference)
+dispatch.register("pack", "cpu", cpu.pack, _cpu_supports, None if cpu.available else cpu.why)
+
+
+def pack(weight: Tensor, bits: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    return dispatch.select("pack", weight, bits, layout)(weight, bits, layout)

@@ -1,0 +1,33 @@
+"""unpack: the dense weight of a packed one.
+
+    unpack(values, index, row_ptr or None, K, layout) -> [R, K] in the dtype of values
+
++0 where pruned, and the very bits of `values` where kept (a kept -0 stays -0). Not differentiable.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from perp_kernels import cpu, dispatch
+from perp_kernels.ops._library import define
+from perp_kernels.ops._rows import dense_rows
+
+
+def _reference(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout: str) -> Tensor:
+    rows = dense_rows(values, index, row_ptr, K, layout, 0, index.shape[0])
+    return rows.clone() if layout == "dense" else rows
+
+
+def _fake(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout: str) -> Tensor:
+    return values.new_empty([index.shape[0], K])
+
+
+def _cpu_supports(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout: str) -> bool:
+    return values.device.type == "cpu" and values.dtype in cpu.ELEMENTS
+
+
+unpack = define(
+    "unpack(Tensor values, Tensor index, Tensor? row_ptr, SymInt K, str layout) -> Tensor", _reference, _fake
+)
+dispatch.register("unpack", "cpu", cpu.unpack, _cpu_supports, None if cpu.available else cpu.why)
