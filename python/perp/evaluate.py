@@ -1,0 +1,80 @@
+"""Perplexity by the papers' protocol."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from perp.errors import UserError
+from perp.progress import Progress, Silent
+
+# Logits held at once: 64 MB in fp32.
+LOGITS = 1 << 24
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, windows: torch.Tensor, progress: Progress | None = None) -> float:
+    """exp of the mean loss over the non-overlapping `windows`, int64 [n, T]; each gives T - 1 targets, no BOS is added.
+
+    Log-probabilities are taken in fp32, chunk by chunk, so that the logits of a whole window are never held at once.
+    Raises UserError where the model gives NaN or infinite logits.
+    """
+    progress = progress or Silent()
+    if windows.shape[0] == 0 or windows.shape[1] < 2:
+        raise UserError(f"perplexity needs windows of at least two tokens, not {list(windows.shape)}")
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total = 0.0
+    for number, window in enumerate(windows.to(device), start=1):
+        loss = sum(loss.item() for loss in _losses(model, window))
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the model's output on window {number} of {len(windows)} is NaN or infinite: "
+                "its weights are damaged or its dtype is too narrow (try --dtype float32)"
+            )
+        total += loss
+        progress.unit("", perplexity=_exp(total / (number * (windows.shape[1] - 1))))
+    model.train(training)
+    return _exp(total / (len(windows) * (windows.shape[1] - 1)))
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _losses(model: Any, window: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Summed losses of the window's targets, a chunk of positions at a time."""
+    inputs, targets = window[:-1], window[1:]
+    with _chunked_head(model, inputs[None]) as logits:
+        rows = max(1, LOGITS // model.config.get_text_config().vocab_size)
+        for positions in torch.arange(len(inputs), device=inputs.device).split(rows):
+            yield F.cross_entropy(logits(positions).float(), targets[positions], reduction="sum").double()
+
+
+@contextmanager
+def _chunked_head(model: Any, inputs: torch.Tensor) -> Iterator[Any]:
+    """Gives logits(positions) [len(positions), vocabulary] of the tokens `inputs` [1, T], running the blocks once.
+
+    The head is not always one matrix product (scaled, soft-capped): so the model itself is asked for the logits of a
+    few positions at a time, its decoder answering with the hidden states it has already computed.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        everything = model(input_ids=inputs, use_cache=False).logits[0]
+        yield lambda positions: everything[positions]
+        return
+    decoder = model.get_decoder()
+    found: list[Any] = []
+    with decoder.register_forward_hook(lambda module, arguments, output: found.append(output)):
+        model(input_ids=inputs, use_cache=False, logits_to_keep=1)
+    decoder.forward = lambda *arguments, **named: found[0]
+    try:
+        yield lambda positions: model(input_ids=inputs, use_cache=False, logits_to_keep=positions).logits[0]
+    finally:
+        del decoder.forward
