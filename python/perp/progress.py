@@ -7,13 +7,16 @@ import time
 from typing import IO, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from perp import memory
 
 # Plain lines of one stage come no faster than this, in seconds: a log of a thousand short steps is read by nobody.
 INTERVAL = 2.0
+# The end of a unit's name is what tells it from its neighbours: so many characters fit beside the figures.
+_NAME = 20
 
 
 class Progress(Protocol):
@@ -75,6 +78,14 @@ class Plain:
         print(told, file=self._stream, flush=True)
 
 
+class _Times(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        told = duration(task.finished_time or task.elapsed or 0)
+        if task.time_remaining:
+            told += f", {duration(task.time_remaining)} left"
+        return Text(told, style="cyan")
+
+
 class Rich:
     """A live display: one bar per stage with its current unit, figures, times and memory."""
 
@@ -87,11 +98,10 @@ class Rich:
         if self._bars is None:
             self._bars = Bars(
                 TextColumn("{task.description}", style="bold"),
-                BarColumn(bar_width=16),
+                BarColumn(bar_width=10),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                _Times(),
                 TextColumn("{task.fields[memory]}", style="dim"),
                 console=self._console,
             )
@@ -100,7 +110,7 @@ class Rich:
 
     def unit(self, name: str, **figures: float) -> None:
         if self._bars is not None:
-            told = "  ".join(part for part in (name, _figures(figures)) if part)
+            told = "  ".join(part for part in (name[-_NAME:], _figures(figures)) if part)
             self._bars.update(self._task, advance=1, figures=told, memory=f"{memory.resident():.1f} GB")
 
     def done(self) -> None:
