@@ -1,0 +1,33 @@
+// Which instructions this CPU has and which code path serves a call.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PERP_X86 1
+#include <immintrin.h>
+// Compiles one function for AVX-512 while the file around it stays baseline x86-64. One set of extensions for all
+// kernels: F/BW/VL/DQ are the common base, VBMI2 has 16-bit expand and compress, BF16 the bf16 dot product, and every CPU with
+// the last two (Ice Lake had no BF16; Cooper Lake no VBMI2) is Zen 4 or Sapphire Rapids or newer.
+#define PERP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,bmi2,popcnt,fma")))
+#else
+#define PERP_X86 0
+#endif
+
+namespace perp {
+
+// The features above that this CPU and operating system provide, by their Linux names.
+std::vector<std::string> cpu_features();
+
+// True when the AVX-512 path is to be taken: what set_path forced, else whether the CPU has every feature it needs.
+bool use_avx512();
+
+// "auto", "avx512" or "portable", for the whole process. Throws std::invalid_argument for another name, and for
+// "avx512" on a CPU without it.
+void set_path(const std::string& name);
+
+// The path that use_avx512() stands for: "avx512" or "portable".
+std::string active_path();
+
+}  // namespace perp

@@ -1,0 +1,142 @@
+"""The native CPU kernels, and the only module that touches the extension `perp_kernels._C`.
+
+`available` says whether the extension was built and loads here, and `why` says it in one sentence. Without it nothing
+in this module may be called; the package then serves every op from its plain-torch reference.
+
+`PERP_NO_NATIVE=1` leaves the extension out at installation, and unused at run time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+# Before `_C`, so that the loader gives `_C` the OpenMP runtime torch has brought: one thread pool in the process.
+import torch
+from torch import Tensor
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    if os.environ.get("PERP_NO_NATIVE", "0") not in ("", "0"):
+        return None, "PERP_NO_NATIVE is set"
+    try:
+        native = importlib.import_module("perp_kernels._C")
+    except ModuleNotFoundError:
+        return None, "the native extension was not built: no C++ compiler, or PERP_NO_NATIVE=1, at installation"
+    except ImportError as error:
+        return None, f"the native extension does not load: {error}"
+    return native, f"the {native.active_path()} path of the native extension"
+
+
+_C, why = _load()
+available = _C is not None
+
+_DTYPES = {
+    torch.uint8: "uint8",
+    torch.int64: "int64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+ELEMENTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _native() -> ModuleType:
+    if _C is None:
+        raise RuntimeError(f"no native CPU kernels: {why}")
+    return _C
+
+
+def _view(name: str, tensor: Tensor) -> object:
+    """`tensor` as the extension takes it. Raises ValueError for a tensor that is not in this machine's memory."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}, the CPU kernels need it on cpu")
+    if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype}, which is not a dtype the CPU kernels know")
+    return _native().View(tensor.data_ptr(), _DTYPES[tensor.dtype], tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def cpu_features() -> list[str]:
+    """The instruction sets, among those the kernels use, that this CPU has."""
+    return list(_native().cpu_features())
+
+
+def set_path(name: str) -> None:
+    """Forces the code path of every kernel in this process: "auto", "avx512" or "portable"."""
+    _native().set_path(name)
+
+
+def active_path() -> str:
+    """The code path that serves calls now: "avx512" or "portable"."""
+    return str(_native().active_path())
+
+
+def pack(weight: Tensor, bits: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Packs a dense weight into the canonical form of `layout`.
+
+    Args:
+        weight: [R, K] bf16, fp16, fp32 or fp64.
+        bits: uint8 [R, ceil(K/8)], the packed mask (1 = kept, padding bits 0).
+        layout: "dense", "bitmap" or "semi24".
+
+    Returns:
+        values, index, row_ptr: bitmap values are [R, C] where every row keeps C columns, else flat with row_ptr int64
+        [R + 1]; row_ptr is None for all else.
+
+    Raises:
+        ValueError: sizes that do not fit, a padding bit set, or (semi24) a group that does not keep exactly two.
+    """
+    native = _native()
+    weight, bits = weight.detach(), bits.contiguous()
+    if weight.dim() == 2 and weight.shape[1] > 1 and weight.stride(1) != 1:
+        weight = weight.contiguous()
+    source, index = _view("weight", weight), _view("index", bits)
+    if layout == "dense":
+        values = torch.empty(weight.shape, dtype=weight.dtype)
+        native.pack_dense(source, index, _view("values", values))
+        return values, bits, None
+    rows, columns = weight.shape
+    if layout == "semi24":
+        positions = torch.empty_like(bits)
+        native.bits_to_positions(index, columns, _view("positions", positions))
+        values = torch.empty((rows, columns // 2), dtype=weight.dtype)
+        native.pack_bitmap(source, index, _view("values", values), None)
+        return values, positions, None
+    if layout != "bitmap":
+        raise ValueError(f'layout must be "dense", "bitmap" or "semi24", not "{layout}"')
+    counts = torch.empty(rows, dtype=torch.int64)
+    native.count_bits(index, columns, _view("counts", counts))
+    if rows == 0 or bool((counts == counts[0]).all()):
+        values = torch.empty((rows, int(counts[0]) if rows else 0), dtype=weight.dtype)
+        row_ptr = None
+    else:
+        row_ptr = torch.zeros(rows + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=row_ptr[1:])
+        values = torch.empty(int(row_ptr[-1]), dtype=weight.dtype)
+    native.pack_bitmap(source, index, _view("values", values), None if row_ptr is None else _view("row_ptr", row_ptr))
+    return values, bits, row_ptr
+
+
+def unpack(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout: str) -> Tensor:
+    """The dense [R, K] weight of a canonical form, +0 where pruned: the inverse of `pack`.
+
+    Raises:
+        ValueError: components that contradict each other (an index whose rows do not hold as many kept columns as
+            values does, a row_ptr that does not rise from 0 to the number of values, a nibble that is no semi24 pair).
+    """
+    native = _native()
+    values, index = values.detach().contiguous(), index.contiguous()
+    if layout == "dense":
+        return values.clone()
+    bits = index
+    if layout == "semi24":
+        bits = torch.empty_like(index)
+        native.positions_to_bits(_view("index", index), K, _view("bits", bits))
+    elif layout != "bitmap":
+        raise ValueError(f'layout must be "dense", "bitmap" or "semi24", not "{layout}"')
+    out = torch.empty((index.shape[0], K), dtype=values.dtype)
+    starts = None if row_ptr is None else _view("row_ptr", row_ptr)
+    native.unpack_bitmap(_view("values", values), _view("index", bits), starts, _view("out", out))
+    return out

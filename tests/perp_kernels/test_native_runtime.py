@@ -1,0 +1,87 @@
+"""How the native extension sits in the process: its threads, its choice of path, and its absence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from perp_kernels import cpu
+
+from .native import needs_native
+
+
+def run(code: str) -> str:
+    """stdout of `code` in a fresh interpreter that finds perp_kernels where this one did."""
+    root = str(Path(cpu.__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r})\n{code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_one_openmp_runtime_in_the_process() -> None:
+    """A second libgomp would keep a second pool, and both would spin on the same cores."""
+    maps = "open('/proc/self/maps').read().split()"
+    runtimes = f"print(*{{p for p in {maps} if 'libgomp' in p or 'libomp' in p or 'libiomp' in p}}, sep='\\n')"
+    alone = run(f"import torch; torch.ones(9).sum()\n{runtimes}").split()
+    both = run(f"from perp_kernels import cpu; cpu._native().max_threads()\n{runtimes}").split()
+    assert len(both) == 1
+    assert both == alone
+
+
+@needs_native
+def test_the_build_under_test_is_the_one_meant() -> None:
+    assert cpu._native().sanitizers == os.environ.get("PERP_SANITIZE", "")
+
+
+@needs_native
+def test_threads_follow_torch() -> None:
+    code = "import torch\nfrom perp_kernels import cpu\ntorch.set_num_threads({n})\nprint(cpu._native().max_threads())"
+    assert run(code.format(n=1)) == "1"
+    assert run(code.format(n=3)) == "3"
+
+
+@needs_native
+def test_paths_are_forced_by_name() -> None:
+    cpu.set_path("portable")
+    assert cpu.active_path() == "portable"
+    cpu.set_path("auto")
+    needed = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2", "avx512_bf16"}
+    assert cpu.active_path() == ("avx512" if needed <= set(cpu.cpu_features()) else "portable")
+    with pytest.raises(ValueError, match='must be "auto", "avx512" or "portable", not "sse"'):
+        cpu.set_path("sse")
+
+
+def test_without_the_extension_the_module_says_why() -> None:
+    out = run(
+        "sys.modules['perp_kernels._C'] = None\n"
+        "from perp_kernels import cpu\n"
+        "print(cpu.available, '|', cpu.why)\n"
+        "try:\n    cpu.cpu_features()\nexcept RuntimeError as error:\n    print(error)"
+    )
+    assert out.splitlines()[0].startswith("False | the native extension was not built")
+    assert "no native CPU kernels" in out.splitlines()[1]
+
+
+@needs_native
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    weight = torch.randn(301, 700)
+    bits = torch.randint(0, 256, (301, 88), dtype=torch.uint8)
+    bits[:, -1] &= 0x0F
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        results.append(cpu.pack(weight, bits, "bitmap")[0])
+    torch.set_num_threads(threads)
+    assert torch.equal(*results)
