@@ -1,0 +1,83 @@
+"""Small models of many families, made from their configurations: the only place where families are named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as t
+from torch import Tensor, nn
+
+VOCABULARY = 96
+HIDDEN = 32
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.15,
+}
+_OPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "init_std": 0.15,
+}
+_SLIDING = {"num_hidden_layers": 4, "head_dim": 8, "sliding_window": 4}
+_LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
+
+FAMILIES: dict[str, Callable[[], tuple[type, t.PretrainedConfig]]] = {
+    "opt": lambda: (t.OPTForCausalLM, t.OPTConfig(**_OPT, word_embed_proj_dim=HIDDEN)),
+    "opt-post-norm": lambda: (
+        t.OPTForCausalLM,
+        t.OPTConfig(**_OPT, word_embed_proj_dim=HIDDEN // 2, do_layer_norm_before=False),
+    ),
+    "llama": lambda: (t.LlamaForCausalLM, t.LlamaConfig(**_COMMON)),
+    "neox-parallel": lambda: (t.GPTNeoXForCausalLM, t.GPTNeoXConfig(**_COMMON, use_parallel_residual=True)),
+    "neox-sequential": lambda: (t.GPTNeoXForCausalLM, t.GPTNeoXConfig(**_COMMON, use_parallel_residual=False)),
+    "qwen2": lambda: (t.Qwen2ForCausalLM, t.Qwen2Config(**_COMMON)),
+    "qwen3": lambda: (t.Qwen3ForCausalLM, t.Qwen3Config(**_COMMON, head_dim=8)),
+    "gemma": lambda: (t.GemmaForCausalLM, t.GemmaConfig(**_COMMON, head_dim=8)),
+    "gemma2": lambda: (t.Gemma2ForCausalLM, t.Gemma2Config(**{**_COMMON, **_SLIDING}, layer_types=_LAYER_TYPES)),
+    "gemma3": lambda: (
+        t.Gemma3ForCausalLM,
+        t.Gemma3TextConfig(**{**_COMMON, **_SLIDING}, layer_types=_LAYER_TYPES),
+    ),
+    "phi": lambda: (t.PhiForCausalLM, t.PhiConfig(**_COMMON)),
+    "mistral": lambda: (t.MistralForCausalLM, t.MistralConfig(**_COMMON, sliding_window=4)),
+}
+
+
+def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """A model of the family with random weights, norms and biases moved off their neutral values; in eval mode."""
+    kind, config = FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.2 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def windows(count: int = 4, length: int = 12, seed: int = 0) -> Tensor:
+    """Random token ids, int64 [count, length], special tokens left out."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count, length), generator=generator)
