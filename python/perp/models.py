@@ -1,0 +1,217 @@
+"""Loading decoder-only language models: from a directory, the Hugging Face cache or hub, or the packaged demo."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import (
+    HFValidationError,
+    are_progress_bars_disabled,
+    enable_progress_bars,
+    validate_repo_id,
+)
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+from transformers.utils import logging
+
+from perp.errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def load(
+    name: str, dtype: torch.dtype | str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """The model `name` in eval mode and its tokenizer.
+
+    `name` is a directory, a hub id (offline works once cached) or "demo"; `dtype` None keeps the checkpoint's own.
+    UserError, one sentence, for whatever does not give a complete, finite, decoder-only model with its tokenizer.
+    """
+    check_model(name, trust_remote_code)
+    source = _source(name)
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except Exception as error:  # each tokenizer fails in its own way; the remedy is one
+            raise UserError(f"{name} has no usable tokenizer; put the model's tokenizer files beside it.") from error
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{name} cannot be loaded from safetensors ({_brief(error)}).") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"{name} lacks {len(missing)} of its weights, such as {missing[0]}; use a complete checkpoint.")
+    model = model.eval().to(device)
+    _check_finite(model, name)
+    _check_causal(model, name)
+    return model, tokenizer
+
+
+def check_model(name: str, trust_remote_code: bool = False) -> None:
+    """Refuse, by files and configuration alone, a model that cannot work: UserError, one sentence."""
+    source = _source(name)
+    path = Path(source)
+    if path.is_dir():
+        _check_directory(path)
+    elif path.exists():
+        raise UserError(f"{name} is a file; give the directory that holds config.json and the weights.")
+    else:
+        try:
+            validate_repo_id(source)
+        except HFValidationError as error:
+            raise UserError(f"there is no directory {name}; give a model directory or a hub id.") from error
+    _check_settings(name, _settings(name, source), trust_remote_code)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each configuration class validates in its own way
+        raise UserError(f"the config.json of {name} is not usable ({_brief(error)}).") from error
+    _check_architecture(name, config)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, no log lines below errors and no warnings from transformers, inside this block only."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    downloads = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if downloads:  # a download can take minutes, and switching off transformers' bars switched off the hub's
+        enable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _source(name: str) -> str:
+    """What transformers is to load: a path or a hub id."""
+    if name == "demo":
+        from perp import demo
+
+        return str(demo.model_dir())
+    path = Path(name).expanduser()
+    return str(path) if path.exists() else name
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json; give a Hugging Face model directory.")
+    if (path / INDEX).is_file():
+        try:
+            shards = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path / INDEX} is not a valid index of shards; copy it again.") from error
+    elif (path / WEIGHTS).is_file():
+        shards = [WEIGHTS]
+    elif pickled := sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED):
+        raise UserError(
+            f"{path} holds only pickled weights ({pickled[0]}), which can run code when loaded; "
+            "convert them to safetensors."
+        )
+    else:
+        raise UserError(f"{path} has no weights; it must hold {WEIGHTS}, or shards and {INDEX}.")
+    for shard in shards:
+        if not (path / shard).is_file():
+            raise UserError(f"{path} lacks {shard}, which {INDEX} names; copy all shards.")
+        try:
+            with safe_open(path / shard, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path / shard} is truncated or damaged ({_brief(error)}); copy it again.") from error
+
+
+def _settings(name: str, source: str) -> dict[str, Any]:
+    """The content of config.json."""
+    try:
+        with quiet():
+            return PreTrainedConfig.get_config_dict(source)[0]
+    except (OSError, ValueError) as error:
+        if Path(source).is_dir():
+            raise UserError(f"the config.json of {name} is not valid JSON; copy it again.") from error
+        raise UserError(
+            f"{name} is neither a directory here nor a model that the Hugging Face cache or hub could give "
+            f"({_brief(error)})."
+        ) from error
+
+
+def _check_settings(name: str, settings: dict[str, Any], trust_remote_code: bool) -> None:
+    kind = settings.get("model_type")
+    if not kind:
+        raise UserError(f"the config.json of {name} has no model_type; give a Hugging Face model directory.")
+    if kind not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in settings):
+        if "auto_map" in settings:
+            raise UserError(f"{name} runs code of its own; pass trust_remote_code if you trust that code.")
+        raise UserError(f"{name} is of model type {kind!r}, unknown to this transformers; update transformers.")
+    if settings.get("quantization_config"):
+        raise UserError(f"{name} holds quantised weights; give the model before quantisation.")
+
+
+def _check_architecture(name: str, config: Any) -> None:
+    wanted = "give a decoder-only language model."
+    if config.is_encoder_decoder:
+        raise UserError(f"{name} is an encoder-decoder model; {wanted}")
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{name} ({config.model_type}) is not a language model that generates text; {wanted}")
+    saved_as = config.architectures or []
+    served_by = None if remote else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    generating = [kind for kind in saved_as if kind == served_by or "CausalLM" in kind or "LMHead" in kind]
+    if saved_as and not generating:
+        raise UserError(f"{name} was saved as {saved_as[0]}, without the head that generates text; {wanted}")
+
+
+def _check_finite(model: nn.Module, name: str) -> None:
+    for tensor, parameter in model.named_parameters():
+        low, high = parameter.detach().aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise UserError(
+                f"{tensor} of {name} holds NaN or infinite values as {parameter.dtype}; "
+                "use an undamaged checkpoint or a wider dtype."
+            )
+
+
+@torch.no_grad()
+def _check_causal(model: Any, name: str) -> None:
+    """In a decoder a later token does not move the logits of earlier positions, whatever the family is called."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(8, device=model.device)[None] % vocabulary
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % vocabulary
+    before, after = (model(input_ids=tokens, use_cache=False).logits[0, :-1].float() for tokens in (ids, changed))
+    if not before.isfinite().all():
+        raise UserError(f"{name} gives NaN or infinite logits as {model.dtype}; use a wider dtype.")
+    # Nothing but rounding may move them, and that only where experts see batches of another size.
+    if (before - after).abs().max() > 8 * torch.finfo(model.dtype).eps * before.abs().max():
+        raise UserError(f"{name} lets later tokens change earlier predictions; give a decoder-only language model.")
+
+
+def _brief(error: BaseException) -> str:
+    """The first sentence of an error, without its full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")
