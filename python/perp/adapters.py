@@ -104,10 +104,8 @@ def select_trainable(model: nn.Module, parts: Collection[str]) -> list[nn.Parame
     model.requires_grad_(False)
     for parameter in selected:
         parameter.requires_grad_(True)
-    for layer in model.modules():
-        if isinstance(layer, SparseLinear) and layer.mode is not None:
-            for adapter in (layer.lora_A, layer.lora_B):
-                adapter.data = adapter.data.to(torch.promote_types(adapter.dtype, torch.float32))
+    for adapter in trainable(model.modules(), {"mask_lora"}):
+        adapter.data = adapter.data.to(torch.promote_types(adapter.dtype, torch.float32))
     return selected
 
 
