@@ -6,7 +6,9 @@ Every op runs in plain torch and uses a faster implementation where this machine
 from perp_kernels.dispatch import active, backend
 from perp_kernels.layouts import SparseWeight, pack
 from perp_kernels.ops.bits import pack_bits, unpack_bits
+from perp_kernels.ops.masked_lora_linear import masked_lora_linear
 from perp_kernels.ops.select import select
+from perp_kernels.ops.sparse_linear import sparse_linear
 from perp_kernels.pattern import Pattern, PatternError
 
 __version__ = "0.1.0"
@@ -18,8 +20,10 @@ __all__ = [
     "__version__",
     "active",
     "backend",
+    "masked_lora_linear",
     "pack",
     "pack_bits",
     "select",
+    "sparse_linear",
     "unpack_bits",
 ]

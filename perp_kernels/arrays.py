@@ -18,3 +18,7 @@ def as_tensor(array: Any) -> Tensor:
     if hasattr(array, "__dlpack__"):
         return torch.from_dlpack(array)
     raise TypeError(f"A tensor or an array with __dlpack__ is needed, not {type(array).__name__}.")
+
+
+def as_optional_tensor(array: Any) -> Tensor | None:
+    return None if array is None else as_tensor(array)

@@ -22,7 +22,12 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     dispatch.register(name, "reference", reference)
 
     def serve(*arguments: Any) -> Any:
-        return dispatch.select(name, *arguments)(*arguments)
+        function, device = dispatch.select(name, *arguments), arguments[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*arguments)
+        # An op keeps the dtypes of its contract: autocast would cast the products inside it, and only some of them.
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
 
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, serve, "CompositeExplicitAutograd")

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from perp_kernels import cpu, dispatch
 from perp_kernels.ops._library import define
-from perp_kernels.ops._rows import dense_rows
+from perp_kernels.ops._rows import PackedRows
 
 
 def _reference(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout: str) -> Tensor:
-    rows = dense_rows(values, index, row_ptr, K, layout, 0, index.shape[0])
-    return rows.clone() if layout == "dense" else rows
+    weight = PackedRows(values, index, row_ptr, layout, K).dense(0, len(index))
+    return weight.clone() if layout == "dense" else weight
 
 
 def _fake(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout: str) -> Tensor:
     return values.new_empty([index.shape[0], K])
 
 
-def _cpu_supports(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout: str) -> bool:
+def _cpu_supports(values: Tensor, *_: object) -> bool:
     return values.device.type == "cpu" and values.dtype in cpu.ELEMENTS
 
 

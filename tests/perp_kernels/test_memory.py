@@ -1,0 +1,93 @@
+"""The headline: the extra memory of a layer, measured by the allocator's own account."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from perp_kernels import masked_lora_linear, sparse_linear
+
+from .oracles import LAYOUTS, normal, random_weight
+
+DEPTH, SIZE, TOKENS, RANK = 8, 768, 64, 16
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most bytes that `run` held at once beyond what was alive before it."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        kept = run()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del kept
+    return peak
+
+
+def extra_bytes(layer: Callable[..., Tensor], x: Tensor, trained: Sequence[Sequence[Tensor]]) -> int:
+    """Peak of a forward and backward pass through a chain of layers, less its outputs and the gradients it returns."""
+    leaves = [x, *(t for parameters in trained for t in parameters)]
+
+    def run() -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        outputs = [x]
+        for parameters in trained:
+            outputs.append(layer(outputs[-1], *parameters))
+        return outputs[1:], torch.autograd.grad(outputs[-1].sum(), leaves)
+
+    outputs, grads = run()
+    owed = sum(t.nbytes for t in (*outputs, *grads))
+    del outputs, grads
+    return peak_bytes(run) - owed
+
+
+def test_the_account_sees_what_is_held_and_freed() -> None:
+    def run() -> Tensor:
+        first = torch.ones(1000, 1000)
+        second = first + 1
+        del first
+        return second.sum()
+
+    assert 8_000_000 <= peak_bytes(run) < 8_100_000
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masked_lora_needs_a_quarter_of_the_published_layer(layout: str, dtype: torch.dtype) -> None:
+    weight, _, w = random_weight((SIZE, SIZE), layout, dtype)
+    x = normal(TOKENS, SIZE, dtype=dtype).requires_grad_()
+    trained = [
+        [(normal(RANK, SIZE) / SIZE).to(dtype).requires_grad_(), normal(SIZE, RANK).to(dtype).requires_grad_()]
+        for _ in range(DEPTH)
+    ]
+    ours = extra_bytes(lambda x, A, B: masked_lora_linear(x, w, A, B, 2.0), x, trained)
+    published = extra_bytes(lambda x, A, B: F.linear(x, weight + 2.0 * (B @ A).masked_fill(weight == 0, 0)), x, trained)
+    # What the published layer holds at least: the effective weight and a bool mask of every layer.
+    assert published > DEPTH * SIZE * SIZE * (dtype.itemsize + 1)
+    assert ours <= published / 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masked_lora_scratch_does_not_grow_with_the_weight(layout: str) -> None:
+    """A weight of four times the rows needs more chunks, not larger ones."""
+    scratch = []
+    for rows in (1024, 4096):
+        _, _, w = random_weight((rows, 1024), layout)
+        x = normal(8, 1024).requires_grad_()
+        trained = [[normal(4, 1024).requires_grad_(), normal(rows, 4).requires_grad_()]]
+        scratch.append(extra_bytes(lambda x, A, B, w=w: masked_lora_linear(x, w, A, B, 2.0), x, trained))
+    assert scratch[1] < 1.2 * scratch[0]
+    assert scratch[1] < 4096 * 1024 * 4 / 2
+
+
+def test_frozen_linear_makes_no_weight_gradient() -> None:
+    _, _, w = random_weight((SIZE, SIZE), "dense")
+    x = normal(TOKENS, SIZE).requires_grad_()
+    assert extra_bytes(lambda x: sparse_linear(x, w), x, [[] for _ in range(DEPTH)]) < w.values.nbytes / 2
