@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from perp import pruners
+from perp.errors import UserError
+from perp.statistics import Statistics
+from perp_kernels import Pattern
+
+N, K, TOKENS = 24, 160, 300
+
+
+def sample(dtype=torch.float32, seed=0):
+    """A weight [N, K] and inputs [samples, TOKENS, K] with columns of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(N, K, generator=generator).to(dtype)
+    x = (
+        torch.randn(4, TOKENS, K, generator=generator)
+        * torch.logspace(-2, 2, K)[torch.randperm(K, generator=generator)]
+    )
+    return weight, x
+
+
+def of_kind(kind, x):
+    statistics = Statistics(torch.zeros((K,) if kind == "norms" else (K, K)))
+    for window in x:
+        statistics.add(window)
+    return statistics
+
+
+def kept_by_definition(scores, pattern, scope):
+    """The mask by a stable sort within each group, one group after the other, in the scores' own precision."""
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    if pattern.is_nm:
+        groups = [(slice(i, i + 1), slice(j, j + pattern.m)) for i in range(N) for j in range(0, K, pattern.m)]
+    elif scope == "row":
+        groups = [(slice(i, i + 1), slice(None)) for i in range(N)]
+    elif scope == "slab":
+        groups = [(slice(None), slice(j, j + 128)) for j in range(0, K, 128)]
+    else:
+        groups = [(slice(None), slice(None))]
+    for rows, columns in groups:
+        group = scores[rows, columns]
+        lowest = group.flatten().sort(stable=True).indices[: int(pattern.sparsity * group.numel())]
+        chosen = torch.ones(group.numel(), dtype=torch.bool)
+        chosen[lowest] = False
+        mask[rows, columns] = chosen.view(group.shape)
+    return mask
+
+
+@pytest.mark.parametrize("text", ["0.5", "0.6/row", "0.37/slab", "2:4", "1:8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_magnitude(text, dtype):
+    weight, _ = sample(dtype)
+    pattern = Pattern.parse(text)
+    pruned, mask = pruners.get("magnitude").prune(weight, None, pattern)
+    expected = kept_by_definition(weight.double().abs(), pattern, pattern.scope or "matrix")
+    assert torch.equal(mask, expected)
+    assert pruned.dtype == dtype
+    assert torch.equal(pruned, torch.where(expected, weight, torch.zeros((), dtype=dtype)))
+
+
+@pytest.mark.parametrize("text", ["0.5", "0.6/matrix", "0.37/slab", "2:4", "4:8"])
+@pytest.mark.parametrize("kind", ["norms", "gram"])
+def test_wanda_is_the_reference_metric(text, kind):
+    weight, x = sample()
+    pattern = Pattern.parse(text)
+    pruned, mask = pruners.get("wanda").prune(weight, of_kind(kind, x), pattern)
+    metric = weight.double().abs() * x.double().square().sum(1).mean(0).sqrt()
+    expected = kept_by_definition(metric, pattern, pattern.scope or "row")
+    assert torch.equal(mask, expected)
+    assert torch.equal(pruned, weight * expected)
+
+
+@pytest.mark.parametrize("text", ["0.5", "0.5/row", "2:4"])
+def test_sparsegpt_compensates(text):
+    weight, x = sample()
+    pattern = Pattern.parse(text)
+    statistics = of_kind("gram", x)
+    pruned, mask = pruners.get("sparsegpt").prune(weight, statistics, pattern)
+    assert not pruned[~mask].any()
+    scope = pattern.scope or "slab"
+    for counts in {"row": mask.sum(1), "slab": torch.stack([s.sum() for s in mask.split(128, 1)])}[scope]:
+        assert counts.item() in {int(n * (1 - pattern.sparsity)) for n in (K, N * 128, N * (K - 128))}
+    gram = torch.einsum("stk,stl->kl", x.double(), x.double())
+
+    def error(other):
+        difference = weight.double() - other.double()
+        return torch.einsum("nk,kl,nl->", difference, gram, difference)
+
+    assert error(pruned) < error(weight * mask)
+
+
+@pytest.mark.parametrize("method", pruners.METHODS)
+def test_a_kept_zero_counts_as_kept(method):
+    weight, x = sample()
+    weight[:, ::2] = 0
+    pattern = Pattern.parse("0.25")
+    _, mask = pruners.get(method).prune(weight, of_kind("gram", x), pattern)
+    assert mask.sum() == N * K * 3 // 4
+    assert (mask & (weight == 0)).any()
+
+
+@pytest.mark.parametrize("method", pruners.METHODS)
+def test_bfloat16_stays_bfloat16_and_repeats(method):
+    weight, x = sample(torch.bfloat16)
+    statistics = of_kind("gram", x)
+    before = statistics.sums.clone()
+    once = pruners.get(method).prune(weight, statistics, Pattern.parse("2:4"))
+    again = pruners.get(method).prune(weight, statistics, Pattern.parse("2:4"))
+    assert once[0].dtype == torch.bfloat16
+    assert torch.equal(once[0], again[0])
+    assert torch.equal(once[1], again[1])
+    assert torch.equal(statistics.sums, before)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(UserError, match="'wander' is not a pruning method; choose one of magnitude, wanda, sparsegpt"):
+        pruners.get("wander")
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_missing_statistics_are_refused(method):
+    with pytest.raises(ValueError, match=f"{method} needs"):
+        pruners.get(method).prune(sample()[0], None, Pattern.parse("0.5"))
