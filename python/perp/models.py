@@ -63,7 +63,7 @@ def load(
     if missing:
         raise UserError(f"{name} lacks {len(missing)} of its weights, such as {missing[0]}; use a complete checkpoint.")
     model = model.eval().to(device)
-    _check_finite(model, name)
+    check_finite(model, name)
     _check_causal(model, name)
     return model, tokenizer
 
@@ -88,6 +88,17 @@ def check_model(name: str, trust_remote_code: bool = False) -> None:
     except Exception as error:  # each configuration class validates in its own way
         raise UserError(f"the config.json of {name} is not usable ({_brief(error)}).") from error
     _check_architecture(name, config)
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """UserError naming the first parameter of `model` that holds NaN or an infinity."""
+    for tensor, parameter in model.named_parameters():
+        low, high = parameter.detach().aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise UserError(
+                f"{tensor} of {name} holds NaN or infinite values as {parameter.dtype}; "
+                "use an undamaged checkpoint or a wider dtype."
+            )
 
 
 @contextmanager
@@ -184,16 +195,6 @@ def _check_architecture(name: str, config: Any) -> None:
     generating = [kind for kind in saved_as if kind == served_by or "CausalLM" in kind or "LMHead" in kind]
     if saved_as and not generating:
         raise UserError(f"{name} was saved as {saved_as[0]}, without the head that generates text; {wanted}")
-
-
-def _check_finite(model: nn.Module, name: str) -> None:
-    for tensor, parameter in model.named_parameters():
-        low, high = parameter.detach().aminmax()
-        if not (low.isfinite() and high.isfinite()):
-            raise UserError(
-                f"{tensor} of {name} holds NaN or infinite values as {parameter.dtype}; "
-                "use an undamaged checkpoint or a wider dtype."
-            )
 
 
 @torch.no_grad()

@@ -1,0 +1,234 @@
+"""Saving a pruned model as an ordinary Hugging Face directory with its masks, all of it or nothing.
+
+OUT/                        what model.save_pretrained and the tokenizer write: any loader reads it without perp
+OUT/perp.json               the manifest
+OUT/perp/masks.safetensors  "LAYER.weight" -> uint8 [N, ceil(K/8)], bit j of byte i = column 8 i + j, 1 = kept;
+                            metadata: "perp-masks", a JSON object of version (1) and columns, "LAYER.weight" -> K
+OUT/perp/staging/           only while saving
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import perp_kernels as pk
+from perp import manifest as manifests
+from perp.blocks import find_blocks, prunable
+from perp.errors import UserError
+from perp.linear import SparseLinear
+from perp.models import check_finite, quiet
+
+STAGING = Path("perp", "staging")
+MASKS = Path("perp", "masks.safetensors")
+# One metadata entry, since safetensors writes several in no fixed order and equal masks are to be equal files.
+MASK_FORMAT, MASK_VERSION = "perp-masks", 1
+
+# Top-level files of a model that loaders look for: what --overwrite takes away, even where the new model has none.
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    manifests.NAME,
+)
+
+
+def check_output(out: str | Path, overwrite: bool = False) -> None:
+    """Refuse, before any work, an output directory that could not be written at the end: UserError, one sentence.
+
+    It must be absent or empty, unless `overwrite`; what a killed save left behind counts as empty.
+    """
+    out = Path(out)
+    try:
+        nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise UserError(
+                f"{out} cannot be a directory because {nearest} is a file; choose another output directory."
+            )
+        if nearest == out and not overwrite and not _is_empty(out):
+            raise UserError(f"{out} is not empty; choose another output directory or pass --overwrite.")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); choose another output directory.") from error
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    out: str | Path,
+    masks: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Write the model, tokenizer, masks and manifest into `out`, which plain transformers then loads.
+
+    `masks`: qualified layer name -> bool [N, K], True = kept; every layer an nn.Linear again. Before writing, pruned
+    weights must be exactly zero, all weights finite and the manifest's counts the masks'. Everything is staged and
+    flushed first and then moved into place, config.json last; with `overwrite` the old model stays until then. On any
+    failure, Ctrl-C included, `out` is as it was. UserError for all that is refused and for what the disk refuses.
+    """
+    out = Path(out)
+    check_output(out, overwrite)
+    _check_model(model, masks, manifest)
+    created = [path for path in (out / "perp", out, *out.absolute().parents) if not path.exists()]
+    staging = out / STAGING
+    new = staging / "new"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        (new / MASKS).parent.mkdir(parents=True)
+        _write_model(model, tokenizer, new)
+        _write_masks(masks, new / MASKS)
+        manifests.write(manifest, new / manifests.NAME)
+        for path in new.rglob("*"):
+            _flush(path)
+        _move_into_place(new, staging / "old", out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{out} could not be written ({error}); nothing was left there, free space and repeat."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for path in created:  # those that hold something stay
+            with suppress(OSError):
+                path.rmdir()
+
+
+def load_masks(directory: str | Path) -> dict[str, Tensor]:
+    """The masks that `save` wrote: qualified layer name -> bool [N, K], True = kept."""
+    path = Path(directory) / MASKS
+    if not path.is_file():
+        raise UserError(f"{directory} has no {MASKS}; for a model pruned elsewhere take its masks from its zeros.")
+    masks = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(MASK_FORMAT, "{}"))
+            if about.get("version") != MASK_VERSION:
+                raise UserError(f"{path} is not a mask file of version {MASK_VERSION}; save the model again.")
+            for name, columns in about["columns"].items():
+                bits = file.get_tensor(name)
+                if bits.dtype != torch.uint8 or bits.ndim != 2 or bits.shape[1] != -(-columns // 8):
+                    raise ValueError(f"{name} is not packed for {columns} columns")
+                masks[name.removesuffix(".weight")] = pk.unpack_bits(bits, columns)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}); save the model again.") from error
+    return masks
+
+
+def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
+    """Masks of a model pruned elsewhere: in every linear of its blocks, what is zero counts as pruned.
+
+    A kept weight that happens to be zero is lost to the mask; where perp's own masks exist, use `load_masks`.
+    """
+    prefix, blocks = find_blocks(model)
+    return {
+        name: linear.weight.detach() != 0
+        for number, block in enumerate(blocks)
+        for name, linear in prunable(block, f"{prefix}.{number}").items()
+    }
+
+
+def _is_empty(out: Path) -> bool:
+    entries = {entry.name for entry in out.iterdir()}
+    if entries == {"perp"}:
+        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name}
+    # A save killed while moving its files has moved every one of them but config.json.
+    unfinished = (out / STAGING).exists() and not (out / "config.json").exists()
+    return not entries or (unfinished and entries <= {"perp", *(file.name for file in _model_files(out))})
+
+
+def _model_files(out: Path) -> list[Path]:
+    return sorted(file for pattern in _MODEL_FILES for file in out.glob(pattern) if file.is_file())
+
+
+def _check_model(model: nn.Module, masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, SparseLinear):
+            raise UserError(f"{name} is still a SparseLinear; merge adapters and unswap before saving.")
+    check_finite(model, "the model to save")
+    counts = manifests.check(manifest, "the manifest")["sparsity"]
+    if set(counts) != set(masks):
+        raise UserError("the manifest counts other layers than the masks; build it from the masks that are saved.")
+    for name, mask in masks.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.shape != mask.shape:
+            raise UserError(f"the mask of {name} fits no layer of this model; save the masks it was pruned with.")
+        lost = int(weight.detach()[~mask.to(weight.device)].count_nonzero())
+        if lost:
+            raise UserError(f"{lost} pruned weights of {name} are not zero; the model no longer has its masks' zeros.")
+        if counts[name] != {"pruned": int((~mask).sum()), "total": mask.numel()}:
+            raise UserError(f"the manifest counts {name} otherwise than its mask; build it from the masks saved.")
+
+
+def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            # Older checkpoints give sampling parameters without saying that they sample, which no longer saves.
+            generation.do_sample = True
+    with quiet():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def _write_masks(masks: Mapping[str, Tensor], path: Path) -> None:
+    bits = {f"{name}.weight": pk.pack_bits(mask).cpu() for name, mask in masks.items()}
+    columns = {f"{name}.weight": mask.shape[1] for name, mask in masks.items()}
+    save_file(bits, path, metadata={MASK_FORMAT: json.dumps({"version": MASK_VERSION, "columns": columns})})
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or a directory's list of names, on the disk: a full one may say so only now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(new: Path, old: Path, out: Path) -> None:
+    """Move a former model's files from `out` to `old` and all of `new` to `out`; all moves or none.
+
+    config.json is the first to go and the last to come: no loader sees a mixture of two models.
+    """
+    moved: list[tuple[Path, Path]] = []
+
+    def move(source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+        moved.append((source, target))
+
+    incoming = [file.relative_to(new) for file in sorted(new.rglob("*")) if file.is_file()]
+    outgoing = {*_model_files(out), *(out / name for name in incoming if (out / name).is_file())}
+    try:
+        for file in sorted(outgoing, key=lambda file: file.name != "config.json"):
+            move(file, old / file.relative_to(out))
+        for name in sorted(incoming, key=lambda file: file.name == "config.json"):
+            move(new / name, out / name)
+    except BaseException:
+        for source, target in reversed(moved):
+            target.replace(source)
+        raise
+    _flush(out)
