@@ -40,6 +40,12 @@ class Documents:
     fixed_train: int = 0
 
     @property
+    def label(self) -> str:
+        """A short name for tables: the last part of the path or of the data set's name, without its suffix."""
+        last = self.name.rstrip("/").rpartition("/")[2].removeprefix("demo:")
+        return last.removesuffix(Path(last).suffix) if Path(last).suffix in _READERS else last
+
+    @property
     def identity(self) -> dict[str, str | int]:
         """What a manifest records: the name, the sha256 over all texts in order, and their count."""
         digest = hashlib.sha256()

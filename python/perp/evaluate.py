@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from perp import data
 from perp.errors import UserError
 from perp.progress import Progress, Silent
 
+PARTS = ("test", "validation", "train", "all")
 # Logits held at once: 64 MB in fp32.
 LOGITS = 1 << 24
 
@@ -43,6 +46,66 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor, progress: Progress
         progress.unit("", perplexity=_exp(total / (number * (windows.shape[1] - 1))))
     model.train(training)
     return _exp(total / (len(windows) * (windows.shape[1] - 1)))
+
+
+def read_texts(sources: Sequence[str], part: str) -> dict[str, list[str]]:
+    """The texts to judge on, by label: that part of each source ("test", "validation", "train" or "all").
+
+    "demo" stands for both packaged texts; the second, of which nothing is ever trained on, is taken whole.
+    """
+    if part not in PARTS:
+        raise UserError(f"part cannot be {part!r}; choose among {', '.join(PARTS)}.")
+    found: dict[str, list[str]] = {}
+    for name in [every for source in sources for every in (["demo", "demo:sotu"] if source == "demo" else [source])]:
+        source = data.documents(name)
+        whole = name == "demo:sotu" or part == "all"
+        label = source.name if source.label in found else source.label
+        found[label if whole else f"{label} ({part})"] = source.texts if whole else data.split(source).part(part)
+    return found
+
+
+def on_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[str]],
+    seqlen: int,
+    count: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Perplexity on the first `count` windows (None: all) of each text; texts too short are refused before any."""
+    progress = progress or Silent()
+    windows = {name: data.windows(tokenizer, text, seqlen, count) for name, text in texts.items()}
+    found = {}
+    for name, tokens in windows.items():
+        progress.stage(f"perplexity {name}", len(tokens))
+        found[name] = perplexity(model, tokens, progress)
+    progress.done()
+    return found
+
+
+def check_tasks() -> None:
+    """Refuse tasks where lm_eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("judging on tasks needs lm_eval: pip install 'perp[tasks]'.")
+
+
+def on_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None = None) -> dict[str, float]:
+    """What lm_eval measures on its tasks, "task metric" -> value, on the first `limit` examples (None: all)."""
+    check_tasks()
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    known = lm_eval.tasks.TaskManager()
+    if unknown := sorted(set(tasks) - set(known.all_tasks)):
+        raise UserError(f"lm_eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists those it has.")
+    subject = HFLM(pretrained=model, tokenizer=tokenizer)
+    results = lm_eval.simple_evaluate(subject, tasks=list(tasks), limit=limit, task_manager=known)["results"]
+    return {
+        f"{task} {metric.removesuffix(',none')}": value
+        for task, measured in results.items()
+        for metric, value in measured.items()
+        if isinstance(value, float) and "stderr" not in metric
+    }
 
 
 def _exp(mean: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import IO, Protocol
@@ -15,7 +16,7 @@ from perp import memory
 
 # Plain lines of one stage come no faster than this, in seconds: a log of a thousand short steps is read by nobody.
 INTERVAL = 2.0
-# The end of a unit's name is what tells it from its neighbours: so many characters fit beside the figures.
+# So many characters of a unit's name fit beside its figures in the live display.
 _NAME = 20
 
 
@@ -110,7 +111,7 @@ class Rich:
 
     def unit(self, name: str, **figures: float) -> None:
         if self._bars is not None:
-            told = "  ".join(part for part in (name[-_NAME:], _figures(figures)) if part)
+            told = "  ".join(part for part in (_short(name), _figures(figures)) if part)
             self._bars.update(self._task, advance=1, figures=told, memory=f"{memory.resident():.1f} GB")
 
     def done(self) -> None:
@@ -133,6 +134,13 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02}s"
     return f"{whole // 3600}h{whole // 60 % 60:02}m"
+
+
+def _short(name: str) -> str:
+    """A block's number and what follows tell units apart: model.layers.7.self_attn becomes 7.self_attn."""
+    if len(name) > _NAME and (found := re.search(r"\d.*", name)):
+        name = found[0]
+    return name[:_NAME]
 
 
 def _figures(figures: dict[str, float]) -> str:

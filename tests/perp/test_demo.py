@@ -81,10 +81,7 @@ def test_query_rows_come_back_in_order():
     assert torch.equal(demo._unpermute(permuted, heads), weight)
 
 
-@pytest.mark.skipif(
-    bool(demo.missing()) or not (demo.cache_dir() / demo._CONVERTED / "config.json").exists(),
-    reason="needs the converted demo model in the cache",
-)
+@pytest.mark.skipif(not demo.is_converted(), reason="needs the converted demo model in the cache")
 def test_the_converted_model_knows_a_capital():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
