@@ -30,6 +30,8 @@ _implementations: dict[str, list[Implementation]] = {}
 # would not see a thread's override and would quietly mix backends.
 _forced: list[str] = []
 
+_served: list[set[tuple[str, str]]] = []
+
 
 def register(
     op: str,
@@ -52,6 +54,8 @@ def select(op: str, *arguments: Any) -> Callable[..., Any]:
         if forced is not None and implementation.backend != forced:
             continue
         if implementation.unavailable is None and implementation.supports(*arguments):
+            for record in _served:
+                record.add((op, implementation.backend))
             return implementation.function
     raise ValueError(f"No {forced} implementation serves this call of {op}: leave backend({forced!r}) around it.")
 
@@ -70,6 +74,17 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@contextmanager
+def served() -> Iterator[set[tuple[str, str]]]:
+    """Collects (op, backend) of the calls made in the block, by any thread."""
+    record: set[tuple[str, str]] = set()
+    _served.append(record)
+    try:
+        yield record
+    finally:
+        _served.pop()
 
 
 def active() -> dict[str, tuple[str, str]]:

@@ -42,6 +42,16 @@ def test_override_that_cannot_serve_is_an_error(op: str) -> None:
         pass
 
 
+def test_what_served_is_recorded_while_the_block_is_open(op: str) -> None:
+    with dispatch.served() as outer:
+        serving(op, torch.ones(1))
+        with dispatch.served() as inner:
+            serving(op, torch.ones(1, dtype=torch.float64))
+    serving(op, torch.ones(1))
+    assert inner == {("double", "reference")}
+    assert outer == {("double", "cpu"), ("double", "reference")}
+
+
 def test_report_names_what_was_passed_over(op: str) -> None:
     assert pk.active() == {"double": ("cpu", "triton: no GPU")}
 
