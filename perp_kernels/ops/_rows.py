@@ -55,9 +55,11 @@ def clear_pruned_(rows: Tensor, kept: Tensor) -> Tensor:
     """Set rows[~kept] to +0 in place, whatever stood there.
 
     By a bitwise and with 0 or -1, which on the CPU takes a twentieth of the time of masked_fill_ and, unlike a product
-    with the mask, leaves neither NaN nor -0.
+    with the mask, leaves neither NaN nor -0. In eighths, since torch widens the mask to the dtype of the rows first.
     """
-    rows.view(_INTEGER[rows.dtype.itemsize]).bitwise_and_(kept.view(torch.int8).neg())
+    integer = _INTEGER[rows.dtype.itemsize]
+    for part, part_kept in zip(rows.chunk(8), kept.chunk(8), strict=True):
+        part.view(integer).bitwise_and_(part_kept.view(torch.int8).neg())
     return rows
 
 

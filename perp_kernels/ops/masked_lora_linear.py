@@ -42,8 +42,8 @@ from perp_kernels.ops._rows import (
 
 def effective_rows(w: PackedRows, A: Tensor, B: Tensor, scale: float, start: int, stop: int) -> Tensor:
     """Rows start..stop of W + scale * M * (B A), a new tensor in the dtype of A [r, K] and B [rows, r]."""
-    W = torch.addmm(w.dense(start, stop).to(A.dtype), B, A, alpha=scale)
-    return clear_pruned_(W, w.mask(start, stop))
+    W = w.dense(start, stop).to(A.dtype, copy=w.layout == "dense")
+    return clear_pruned_(W.addmm_(B, A, alpha=scale), w.mask(start, stop))
 
 
 def _forward(
@@ -70,6 +70,7 @@ def _forward(
         for start, stop in row_chunks(N, K):
             W = effective_rows(w, A[expert], B[expert, start:stop], scale, first + start, first + stop)
             torch.mm(tokens[begin:end], W.to(x.dtype).t(), out=y[begin:end, start:stop])
+            del W  # before the next chunk is formed
         if bias is not None:
             y[begin:end] += bias.view(-1, N)[expert]
     return y.view(*x.shape[:-1], N)
@@ -116,7 +117,7 @@ def _backward(
             if needs_x:
                 W = effective_rows(w, A_e, B_c, scale, first + start, first + stop).to(values.dtype)
                 add_product_(dx[begin:end], dy_c, W)
-                del W
+                del W  # before G is formed
             if needs_A or needs_B:
                 assert x is not None
                 G = (dy_c.t() @ x.reshape(-1, K)[begin:end]).to(wide)
@@ -125,7 +126,7 @@ def _backward(
                     dA[expert].addmm_(B_c.t(), G, alpha=scale)
                 if needs_B:
                     dB[expert, start:stop].addmm_(G, A_e.t(), alpha=scale)
-                del G
+                del G  # before the next chunk is formed
         if needs_bias:
             dbias.view(-1, N)[expert] = dy_e.sum(0, dtype=wide)
     dA, dB = dA.view(A.shape if needs_A else 0), dB.view(B.shape if needs_B else 0)
