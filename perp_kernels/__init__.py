@@ -6,9 +6,11 @@ Every op runs in plain torch and uses a faster implementation where this machine
 from perp_kernels.dispatch import active, backend
 from perp_kernels.layouts import SparseWeight, pack
 from perp_kernels.ops.bits import pack_bits, unpack_bits
+from perp_kernels.ops.gram import gram_
 from perp_kernels.ops.masked_lora_linear import masked_lora_linear
 from perp_kernels.ops.select import select
 from perp_kernels.ops.sparse_linear import sparse_linear
+from perp_kernels.ops.sparsegpt import sparsegpt
 from perp_kernels.pattern import Pattern, PatternError
 
 __version__ = "0.1.0"
@@ -20,10 +22,12 @@ __all__ = [
     "__version__",
     "active",
     "backend",
+    "gram_",
     "masked_lora_linear",
     "pack",
     "pack_bits",
     "select",
     "sparse_linear",
+    "sparsegpt",
     "unpack_bits",
 ]
