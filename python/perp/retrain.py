@@ -1,0 +1,204 @@
+"""Retraining: train the chosen parts of the whole model on the language-model loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from perp.adapters import attach, select_trainable
+from perp.errors import UserError
+from perp.linear import SparseLinear
+from perp.optim import AdamW
+from perp.progress import Progress, Silent
+
+# Logits held at once, per micro-batch: 32 MB in fp32, and their gradient as much again.
+LOGITS = 1 << 23
+# Tokens of the forward that shows whether the head can be run apart from the rest.
+PROBE = 8
+
+
+@dataclass(frozen=True)
+class RetrainSettings:
+    """What is trained and how long.
+
+    `parts`: see `perp.adapters.select_trainable`. A step takes `batch` windows, computed `micro_batch` at a time.
+    `checkpointing` recomputes each block's activations in the backward pass instead of keeping them, where the model
+    offers it. `seed` draws the order of the windows, the adapters' start and, where the model has it, dropout.
+    """
+
+    parts: Collection[str] = ("mask_lora", "norms")
+    steps: int = 64
+    batch: int = 4
+    lr: float = 1e-3
+    warmup: float = 0.1
+    r: int = 16
+    alpha: float = 32
+    seed: int = 1
+    checkpointing: bool = True
+    micro_batch: int = 1
+
+
+def retrain(
+    model: Any, windows: Tensor, settings: RetrainSettings | None = None, progress: Progress | None = None
+) -> list[float]:
+    """Train `model` in place on `windows`, token ids int64 [n, T]; returns the loss of every step before its update.
+
+    The loss is the mean cross-entropy of a batch's T - 1 targets per window. Adapters are attached if "mask_lora" is
+    trained and none are there, and are left for `perp.adapters.merge`; what trained keeps requires_grad. The same
+    settings on the same machine's CPU repeat bitwise. UserError for windows that are no token ids of this model and,
+    with step and rate, for a loss that is not finite.
+    """
+    settings, progress = settings or RetrainSettings(), progress or Silent()
+    _check(model, windows, settings)
+    if "mask_lora" in settings.parts and not _has_adapters(model):
+        attach(model, "mask_lora", settings.r, settings.alpha, settings.seed)
+    parameters = select_trainable(model, settings.parts)
+    optimiser = AdamW(parameters, settings.lr, settings.steps, settings.warmup, dtype=model.dtype)
+    loss = WindowLoss(model)
+    losses: list[float] = []
+    progress.stage("retrain", settings.steps)
+    started = time.monotonic()
+    with _training(model, settings.checkpointing, settings.seed):
+        for order in _draws(len(windows), settings):
+            batch = windows[order].to(model.device)
+            share = 1 / (len(batch) * (batch.shape[1] - 1))
+            micro = [partial(loss, part, share) for part in batch.split(settings.micro_batch)]
+            losses.append(optimiser.step(micro))
+            speed = len(losses) * batch.numel() / (time.monotonic() - started)
+            progress.unit(f"step {len(losses)}", **{"loss": losses[-1], "tokens/s": speed})
+    progress.done()
+    return losses
+
+
+class WindowLoss:
+    """The summed cross-entropy of windows, times a factor, without their logits ever being whole.
+
+    The decoder runs once. The model itself then turns its hidden states into logits, a chunk of positions at a time and
+    whatever its head does (bias, scaling, soft-capping), its decoder answering with those states. A short probe decides
+    whether that gives the model's own logits; where it does not, the model's whole logits are used.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.decoder = model.get_decoder()
+        inner = {id(parameter) for parameter in self.decoder.parameters()}
+        self.head = [p for p in model.parameters() if p.requires_grad and id(p) not in inner]
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.chunked = self._probe()
+
+    def __call__(self, ids: Tensor, factor: float) -> Tensor:
+        """ids int64 [b, T] -> fp32 scalar; b (T - 1) targets."""
+        targets = ids[:, 1:].flatten()
+        if not self.chunked:
+            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum") * factor
+        hidden = self.decoder(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
+        return _ChunkedLoss.apply(hidden, targets, self, *self.head) * factor
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H], as the decoder gives it -> logits [n, vocabulary]."""
+        answer = self.answer(hidden[None])
+        self.decoder.forward = lambda *arguments, **named: answer
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            del self.decoder.forward
+
+    @torch.no_grad()
+    def _probe(self) -> bool:
+        ids = torch.arange(PROBE, device=self.model.device)[None] % self.model.get_input_embeddings().num_embeddings
+        own = self.model(input_ids=ids, use_cache=False).logits[0]
+        try:
+            output = self.decoder(input_ids=ids, use_cache=False)
+            self.answer = type(output) if isinstance(output, dict) else lambda hidden: (hidden,)
+            found = self.logits(output[0][0])
+        except Exception:  # a head that cannot be run apart says so in its own way, and the whole logits remain
+            return False
+        bound = 4 * torch.finfo(own.dtype).eps * own.abs().max()
+        return found.shape == own.shape and bool((found - own).abs().max() <= bound)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden states [n, H]: each chunk's gradient is formed beside its loss, logits dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, loss: WindowLoss, *head: Tensor) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        gradients = [torch.empty_like(hidden), *map(torch.zeros_like, head)]
+        rows = max(1, LOGITS // loss.vocabulary)
+        for start in range(0, len(hidden), rows):
+            with torch.enable_grad():
+                part = hidden[start : start + rows].detach().requires_grad_()
+                logits = loss.logits(part).float()
+                part_loss = F.cross_entropy(logits, targets[start : start + rows], reduction="sum")
+                found = torch.autograd.grad(part_loss, [part, *loss.head], materialize_grads=True)
+            total += part_loss.detach()
+            gradients[0][start : start + rows] = found[0]
+            for gradient, more in zip(gradients[1:], found[1:], strict=True):
+                gradient += more
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *head = (grad * gradient for gradient in ctx.saved_tensors)
+        return hidden, None, None, *head
+
+
+@contextmanager
+def _training(model: Any, checkpointing: bool, seed: int) -> Iterator[None]:
+    """Train mode with seeded dropout and, where the model offers it, checkpointed blocks; all undone at the end."""
+    checkpointing = checkpointing and model.supports_gradient_checkpointing
+    # transformers renames this from 5.23 on; the older name warns there and is the only one before.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    was_training = model.training
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model.train()
+        try:
+            if checkpointing:
+                getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+            yield
+        finally:
+            if checkpointing:
+                getattr(model, f"{name}_checkpointing_disable")()
+            model.train(was_training)
+
+
+def _draws(count: int, settings: RetrainSettings) -> Iterator[Tensor]:
+    """The window numbers of each step: one seeded permutation after another, cut into batches."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    needed = settings.steps * settings.batch
+    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-needed // count))]
+    yield from torch.cat(rounds)[:needed].split(settings.batch)
+
+
+def _check(model: Any, windows: Tensor, settings: RetrainSettings) -> None:
+    if windows.ndim != 2 or windows.dtype != torch.int64 or len(windows) == 0 or windows.shape[1] < 2:
+        raise UserError(
+            f"the training windows are {windows.dtype} {list(windows.shape)}; they must be int64 [n, T], "
+            "at least one window of at least two tokens."
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if windows.min() < 0 or windows.max() >= vocabulary:
+        raise UserError(
+            f"the training windows hold tokens {int(windows.min())} to {int(windows.max())}, but the model knows 0 to "
+            f"{vocabulary - 1}; tokenise the text with the model's own tokenizer."
+        )
+    if settings.batch < 1 or settings.micro_batch < 1:
+        raise UserError("the batch and the micro-batch must be at least one window.")
+
+
+def _has_adapters(model: Any) -> bool:
+    return any(isinstance(module, SparseLinear) and module.mode is not None for module in model.modules())

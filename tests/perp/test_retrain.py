@@ -1,0 +1,273 @@
+import copy
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perp import adapters, retrain
+from perp.blocks import find_blocks, prunable
+from perp.errors import UserError
+from perp.linear import SparseLinear, swap_linears, unswap
+from perp.progress import Silent
+from perp.retrain import RetrainSettings, WindowLoss
+
+from . import families
+
+# Heads of all kinds: plain, soft-capped (gemma2), with a bias (phi), behind a projection (opt-post-norm).
+HEADS = ["llama", "gemma2", "phi", "opt-post-norm"]
+SETTINGS = RetrainSettings(steps=6, batch=2, lr=1e-2, r=2, alpha=4)
+
+
+def pruned(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    model = families.build(family, dtype=dtype, **changes)
+    prefix, blocks = find_blocks(model)
+    linears = {k: v for i, block in enumerate(blocks) for k, v in prunable(block, f"{prefix}.{i}").items()}
+    generator = torch.Generator().manual_seed(0)
+    swap_linears(model, {k: torch.rand(v.weight.shape, generator=generator) < 0.5 for k, v in linears.items()})
+    return model
+
+
+def full_loss(model: Any, ids: Tensor) -> Tensor:
+    """The definition: mean cross-entropy of each token given those before it."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_loss_and_gradients_are_those_of_the_whole_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrain, "LOGITS", 5 * families.VOCABULARY)
+    model = pruned(family)
+    adapters.attach(model, r=2)
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            nn.init.normal_(module.lora_B, std=0.1)
+    adapters.select_trainable(model, {"mask_lora", "norms", "biases"})
+    ids = families.windows(3, 9)
+    loss = WindowLoss(model)
+    assert loss.chunked
+    found = loss(ids, 1 / 24)
+    found.backward()
+    chunked = gradients(model)
+    whole = full_loss(model, ids)
+    whole.backward()
+    expected = gradients(model)
+    torch.testing.assert_close(found, whole)
+    assert chunked.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(chunked[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrain, "LOGITS", 4 * families.VOCABULARY)
+    model = pruned()
+    adapters.select_trainable(model, {"norms"})
+    loss = WindowLoss(model)
+    positions: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: positions.append(output[..., 0].numel()))
+    loss(families.windows(2, 10), 1.0).backward()
+    assert positions == [4, 4, 4, 4, 2]
+
+
+class Unlike(nn.Module):
+    """A head that needs more than the decoder's hidden state: running it apart would give other logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, **rest: Any) -> Any:
+        output = self.model(input_ids=input_ids, **rest)
+        output.logits = output.logits + F.one_hot(input_ids, families.VOCABULARY)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "model" else getattr(self.model, name)
+
+
+def test_a_head_that_cannot_be_run_apart_is_left_whole() -> None:
+    model = Unlike(pruned())
+    adapters.select_trainable(model, {"norms"})
+    loss = WindowLoss(model)
+    assert not loss.chunked
+    ids = families.windows(2, 8)
+    torch.testing.assert_close(loss(ids, 1 / 14), full_loss(model, ids))
+    loss(ids, 1.0).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "family,dtype", [*((family, torch.float32) for family in HEADS), ("llama", torch.bfloat16), ("opt", torch.float16)]
+)
+def test_training_lowers_the_loss_and_keeps_every_zero(family: str, dtype: torch.dtype) -> None:
+    model = pruned(family, dtype)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "embed" in n or n.endswith("head.weight")}
+    masks = {n: m.sparse_weight.mask() for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    windows = families.windows(2, 12)
+    losses = retrain.retrain(model, windows, dataclasses.replace(SETTINGS, steps=12))
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.1
+    assert not model.training
+    for name, parameter in frozen.items():
+        assert torch.equal(model.get_parameter(name), parameter)
+    adapters.merge(model)
+    unswap(model)
+    for name, mask in masks.items():
+        assert not model.get_submodule(name).weight[~mask].any()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert full_loss(model, windows) < losses[0] - 0.1
+
+
+@pytest.mark.parametrize(
+    "parts", [{"norms"}, {"biases"}, {"kept"}, {"mask_lora", "biases"}], ids=lambda p: "+".join(sorted(p))
+)
+def test_only_the_chosen_parts_move(parts: set[str]) -> None:
+    model = pruned("opt")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    retrain.retrain(model, families.windows(), dataclasses.replace(SETTINGS, parts=parts))
+    chosen = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    moved = {n for n, p in model.named_parameters() if n not in before or not torch.equal(p, before[n])}
+    assert moved == chosen
+    assert chosen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_repeats_bitwise_whatever_the_global_generator_did(dropout: float, checkpointing: bool) -> None:
+    def once(noise: int) -> tuple[list[float], list[Tensor]]:
+        model = pruned("opt", dropout=dropout)
+        torch.manual_seed(noise)
+        state = torch.get_rng_state()
+        losses = retrain.retrain(
+            model, families.windows(), dataclasses.replace(SETTINGS, checkpointing=checkpointing, micro_batch=2)
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        return losses, [p.detach() for p in model.parameters()]
+
+    (losses, first), (again, second) = once(0), once(1)
+    assert losses == again
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_checkpointing_changes_memory_and_not_the_numbers(family: str) -> None:
+    def saved(checkpointing: bool) -> tuple[list[float], int]:
+        model = pruned(family)
+        kept = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses = retrain.retrain(
+                model, families.windows(), dataclasses.replace(SETTINGS, steps=2, checkpointing=checkpointing)
+            )
+        return losses, kept
+
+    with_, without = saved(True), saved(False)
+    assert with_[0] == without[0]
+    assert with_[1] < without[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_micro_batches_give_the_same_training(dtype: torch.dtype) -> None:
+    def train(micro_batch: int) -> tuple[list[float], Tensor]:
+        model = pruned(dtype=dtype)
+        settings = dataclasses.replace(SETTINGS, batch=4, steps=3, micro_batch=micro_batch)
+        losses = retrain.retrain(model, families.windows(5), settings)
+        return losses, torch.cat([p.detach().float().flatten() for p in model.parameters() if p.requires_grad])
+
+    (whole, parameters), *others = (train(size) for size in (4, 1, 2, 3))
+    rounding = torch.finfo(dtype).eps
+    for losses, found in others:
+        assert losses == pytest.approx(whole, rel=8 * rounding)
+        # Adam turns a gradient of rounding size into a whole step, so the bound is on the norm.
+        assert (found - parameters).norm() <= 100 * rounding * parameters.norm()
+
+
+def test_windows_are_drawn_by_seeded_permutations() -> None:
+    seen: list[list[int]] = []
+
+    class Watch(Silent):
+        def unit(self, name: str, **figures: float) -> None:
+            units.append((name, figures))
+
+    units: list[tuple[str, dict[str, float]]] = []
+    model = pruned()
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][:, 0].tolist()), with_kwargs=True
+    )
+    windows = families.windows(7)
+    windows[:, 0] = torch.arange(7)
+    settings = dataclasses.replace(SETTINGS, steps=5, batch=2, micro_batch=2, parts={"norms"}, seed=1)
+    losses = retrain.retrain(model, windows, settings, Watch())
+    generator = torch.Generator().manual_seed(1)
+    order = [*torch.randperm(7, generator=generator).tolist(), *torch.randperm(7, generator=generator).tolist()]
+    assert [number for batch in seen if len(batch) == 2 for number in batch] == order[:10]
+    assert [name for name, _ in units] == [f"step {number}" for number in range(1, 6)]
+    assert [figures["loss"] for _, figures in units] == losses
+    assert all(figures["tokens/s"] > 0 for _, figures in units)
+
+
+def test_the_first_loss_is_the_untrained_models() -> None:
+    model = pruned()
+    windows = families.windows(4)
+    expected = full_loss(model, windows)
+    losses = retrain.retrain(copy.deepcopy(model), windows, dataclasses.replace(SETTINGS, steps=1, batch=4))
+    assert losses == [pytest.approx(expected.item(), rel=1e-5)]
+
+
+def test_adapters_already_there_are_trained_on() -> None:
+    model = pruned()
+    adapters.attach(model, r=3)
+    retrain.retrain(model, families.windows(), SETTINGS)
+    assert {m.lora_A.shape[0] for m in model.modules() if isinstance(m, SparseLinear)} == {3}
+
+
+def test_divergence_names_step_and_rate() -> None:
+    model = pruned()
+    settings = dataclasses.replace(SETTINGS, parts={"norms"}, lr=1e30, steps=4, warmup=0.0)
+    with pytest.raises(UserError, match=r"in step 2 of 4 at learning rate 7\.5e\+29; train with a smaller"):
+        retrain.retrain(model, families.windows(), settings)
+    assert not model.training
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "windows,message",
+    [
+        (torch.zeros(0, 8, dtype=torch.int64), r"\[0, 8\]; they must be int64 \[n, T\]"),
+        (torch.zeros(2, 1, dtype=torch.int64), "at least two tokens"),
+        (torch.zeros(8, dtype=torch.int64), "must be int64"),
+        (torch.full((2, 8), math.nan), r"torch\.float32 \[2, 8\]; they must be int64"),
+        (torch.full((2, 8), families.VOCABULARY), "tokens 96 to 96, but the model knows 0 to 95"),
+        (torch.full((2, 8), -1), "tokens -1 to -1"),
+    ],
+)
+def test_bad_windows(windows: Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        retrain.retrain(pruned(), windows, SETTINGS)
+
+
+def test_bad_settings() -> None:
+    for wrong, message in (
+        ({"lr": 0.0}, "learning rate is 0.0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch": 0}, "at least one window"),
+        ({"parts": {"head"}}, "'head' is not a part"),
+        ({"parts": set()}, "nothing to train"),
+        ({"r": 0}, "rank is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            retrain.retrain(pruned(), families.windows(), dataclasses.replace(SETTINGS, **wrong))
