@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from perp import data
+from perp import data, machine
 from perp.errors import UserError
 from perp.progress import Progress, Silent
 
@@ -48,6 +48,16 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor, progress: Progress
     return _exp(total / (len(windows) * (windows.shape[1] - 1)))
 
 
+def window_length(model: Any, asked: int | None) -> int:
+    """The length of windows: as asked, or what suits the machine; never more positions than the model knows."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if asked is None:
+        return int(min(machine.usual_sizes(model.device.type)[1], longest))
+    if asked > longest:
+        raise UserError(f"this model takes at most {longest} tokens at once; give a --seqlen up to that, not {asked}.")
+    return asked
+
+
 def read_texts(sources: Sequence[str], part: str) -> dict[str, list[str]]:
     """The texts to judge on, by label: that part of each source ("test", "validation", "train" or "all").
 
@@ -68,12 +78,13 @@ def on_texts(
     model: Any,
     tokenizer: Any,
     texts: Mapping[str, Sequence[str]],
-    seqlen: int,
+    seqlen: int | None = None,
     count: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Perplexity on the first `count` windows (None: all) of each text; texts too short are refused before any."""
     progress = progress or Silent()
+    seqlen = window_length(model, seqlen)
     windows = {name: data.windows(tokenizer, text, seqlen, count) for name, text in texts.items()}
     found = {}
     for name, tokens in windows.items():

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from perp import memory
+from perp import machine
 
 # Plain lines of one stage come no faster than this, in seconds: a log of a thousand short steps is read by nobody.
 INTERVAL = 2.0
@@ -75,7 +75,7 @@ class Plain:
         self._name = ""
 
     def _line(self, *parts: str) -> None:
-        told = "  ".join(part for part in (self._name, *parts, f"{memory.resident():.1f} GB") if part)
+        told = "  ".join(part for part in (self._name, *parts, f"{machine.resident():.1f} GB") if part)
         print(told, file=self._stream, flush=True)
 
 
@@ -112,7 +112,7 @@ class Rich:
     def unit(self, name: str, **figures: float) -> None:
         if self._bars is not None:
             told = "  ".join(part for part in (_short(name), _figures(figures)) if part)
-            self._bars.update(self._task, advance=1, figures=told, memory=f"{memory.resident():.1f} GB")
+            self._bars.update(self._task, advance=1, figures=told, memory=f"{machine.resident():.1f} GB")
 
     def done(self) -> None:
         if self._bars is not None:

@@ -17,6 +17,7 @@ from rich.table import Table
 from perp.errors import UserError
 from perp.progress import duration
 
+ROWS, PICTURE = "report.json", "report.png"
 DENSE, DENSE_RETRAINED = "dense", "dense, retrained"
 PRUNED, RECONSTRUCTED, RETRAINED = "pruned", "+ reconstructed", "+ retrained"
 
@@ -101,10 +102,10 @@ def write(reports: Sequence[Report], directory: Path) -> list[Path]:
     written = []
     rows = json.dumps([dataclasses.asdict(report) for report in reports], indent=2)
     for name, put in (
-        ("report.json", lambda path: path.write_text(rows + "\n", encoding="utf-8")),
-        ("report.png", lambda path: picture(reports, path)),
+        (ROWS, lambda path: path.write_text(rows + "\n", encoding="utf-8")),
+        (PICTURE, lambda path: picture(reports, path)),
     ):
-        if name.endswith(".png") and importlib.util.find_spec("matplotlib") is None:
+        if name == PICTURE and importlib.util.find_spec("matplotlib") is None:
             continue
         # Written beside and renamed, so that an interruption leaves the old file or the new one.
         unfinished = directory / f".unfinished-{name}"

@@ -1,0 +1,75 @@
+"""The machine a job runs on: its device, the sizes that suit it, and its memory in GB (10^9 bytes)."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+from perp.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_STATUS = Path("/proc/self/status")
+
+
+def find_device(name: str | None = None) -> str:
+    """`name`, or a GPU if there is one, else the CPU; UserError for a device that is not here."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"{name!r} is not a device; give cpu, cuda or cuda:N.") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there is no {name} here, torch finds {torch.cuda.device_count()} GPUs; give another device.")
+    return name
+
+
+def usual_sizes(device: str) -> tuple[int, int]:
+    """Calibration windows and their length where none are asked for: 128 x 2048 on a GPU, 32 x 512 on a CPU."""
+    return (32, 512) if device == "cpu" else (128, 2048)
+
+
+def check_dtype(name: str | None) -> None:
+    """Refuse a dtype that models are not computed in; None is the checkpoint's own."""
+    if name not in (None, *DTYPES):
+        raise UserError(f"{name!r} is not a dtype to compute in; choose one of {', '.join(DTYPES)}.")
+
+
+def resident() -> float:
+    """Resident set size of this process now."""
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def reset_peak(device: str = "cpu") -> None:
+    """Begin a new peak; for the CPU only where the system can (Linux)."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        # "5" resets the peak resident set size: proc_pid_clear_refs(5).
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str = "cpu") -> float:
+    """Highest memory since `reset_peak`: allocated by torch on a GPU, the resident set on a CPU.
+
+    On systems that cannot reset it, the CPU's is that since the process began.
+    """
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Bytes on macOS, kilobytes elsewhere: getrusage(2).
+    return most * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from perp import data, report, run
+from perp.checkpoints import load_masks
+from perp.errors import UserError
+from perp.report import Row
+from perp.run import RunSettings
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> RunSettings:
+    """A job of a moment; each test gives it an output directory of its own."""
+    directory = tmp_path_factory.mktemp("job")
+    return RunSettings(
+        model=str(tiny.model_dir(directory)),
+        out=directory / "out",
+        data=str(tiny.text_file(directory)),
+        epochs=1,
+        steps=2,
+        batch=1,
+        windows=2,
+        seqlen=16,
+        eval_windows=2,
+        device="cpu",
+    )
+
+
+def stages(settings: RunSettings, dense: list[Row] | None = None) -> list[str]:
+    return [row.stage for row in run.run(settings, dense=dense or []).rows]
+
+
+def test_the_rows_follow_what_was_asked_for(settings, tmp_path):
+    plain = replace(settings, reconstruct="none", retrain=(), out=tmp_path / "a")
+    assert stages(plain) == [report.DENSE, report.PRUNED]
+    only_fitted = replace(settings, reconstruct="block", retrain=(), compare=(), out=tmp_path / "b")
+    assert stages(only_fitted) == [report.DENSE, report.RECONSTRUCTED]
+    only_trained = replace(settings, reconstruct="none", retrain=("norms",), out=tmp_path / "c")
+    assert stages(only_trained) == [report.DENSE, report.PRUNED, report.RETRAINED]
+
+
+def test_every_recovery_keeps_exactly_the_pruned_zeros(settings, tmp_path):
+    found = run.run(replace(settings, pattern="2:4", compare=run.COMPARE, out=tmp_path / "out"))
+    weights, masks = load_file(tmp_path / "out" / "model.safetensors"), load_masks(tmp_path / "out")
+    assert len(masks) == 2 * 7
+    for name, mask in masks.items():
+        weight = weights[f"{name}.weight"]
+        assert (mask.view(mask.shape[0], -1, 4).sum(-1) == 2).all()
+        assert (weight[~mask] == 0).all()
+        assert (weight[mask] != 0).all()
+    zeros = {row.stage: row.zeros for row in found.rows}
+    assert zeros == {
+        report.DENSE: 0.0,
+        report.DENSE_RETRAINED: 0.0,
+        report.PRUNED: 0.5,
+        report.RECONSTRUCTED: 0.5,
+        report.RETRAINED: 0.5,
+    }
+
+
+def test_trained_shares_are_counted_from_the_shapes(settings, tmp_path):
+    found = run.run(replace(settings, pattern="2:4", out=tmp_path / "out"))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    total = sum(weight.numel() for weight in weights.values())
+    linears = [weight for name, weight in weights.items() if "proj" in name]
+    norms = sum(weight.numel() for weight in weights.values() if weight.ndim == 1)
+    shares = {row.stage: row.trained for row in found.rows}
+    # The final norm is outside the blocks: reconstruction does not train it, retraining does.
+    kept = sum(weight.numel() // 2 for weight in linears)
+    assert shares[report.RECONSTRUCTED] == pytest.approx((kept + norms - 32) / total)
+    adapters = sum(16 * sum(weight.shape) for weight in linears)
+    assert shares[report.RETRAINED] == pytest.approx((adapters + norms) / total)
+    assert shares[report.PRUNED] == 0
+
+
+def test_the_dense_rows_of_an_earlier_job_are_taken_over(settings, tmp_path):
+    known = [Row(report.DENSE, {"articles": 1.5}, 0.0), Row(report.DENSE_RETRAINED, {"articles": 1.25}, 0.0)]
+    found = run.run(replace(settings, retrain=(), compare=run.COMPARE, out=tmp_path / "out"), dense=known)
+    assert found.rows[:2] == known
+    assert [row.stage for row in found.rows[2:]] == [report.PRUNED, report.RECONSTRUCTED]
+
+
+def test_the_manifest_tells_the_sizes_that_were_used(settings, tmp_path):
+    run.run(replace(settings, seqlen=None, windows=None, retrain=(), compare=(), out=tmp_path / "out"))
+    told = json.loads((tmp_path / "out" / "perp.json").read_text())
+    # The model knows 64 positions, fewer than the machine's usual 512.
+    assert told["settings"]["seqlen"] == 64
+    assert told["settings"]["windows"] == 32
+    assert told["data"]["train"]["split_by"] == "document"
+    assert told["seeds"] == {"calibration": 0, "training": 1}
+
+
+def test_judged_text_is_never_trained_on(settings, tmp_path, monkeypatch):
+    """Every token that calibration, reconstruction or training sees comes from the train part."""
+    seen: list[torch.Tensor] = []
+    prune_model, retrain = run.prune_model, run.retrain
+    monkeypatch.setattr(
+        run, "prune_model", lambda m, windows, *a, **k: seen.append(windows) or prune_model(m, windows, *a, **k)
+    )
+    monkeypatch.setattr(
+        run, "retrain", lambda m, windows, *a, **k: seen.append(windows) or retrain(m, windows, *a, **k)
+    )
+    run.run(replace(settings, compare=run.COMPARE, out=tmp_path / "out"))
+    words = tiny.tokenizer()
+    train = data.windows(words, data.split(data.documents(settings.data)).train, 16).tolist()
+    assert len(seen) == 4
+    assert all(window in train for windows in seen for window in windows.tolist())
+
+
+def test_further_text_is_judged_whole_under_its_own_name(settings, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(tiny.article(number) for number in range(100, 104)))
+    found = run.run(replace(settings, eval_data=(str(other),), retrain=(), compare=(), out=tmp_path / "out"))
+    assert found.texts == ["articles", "other"]
+
+
+def test_nothing_is_written_where_pruning_fails(settings, tmp_path, monkeypatch):
+    def fail(*arguments, **named):
+        raise UserError("on purpose")
+
+    monkeypatch.setattr(run, "prune_model", fail)
+    with pytest.raises(UserError, match="on purpose"):
+        run.run(replace(settings, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(settings, tmp_path):
+    model = tiny.model_dir(tmp_path)
+    tiny.tokenizer(vocabulary=600).save_pretrained(model)
+    with pytest.raises(UserError, match=r"gives token \d+ where the model has"):
+        run.run(replace(settings, model=str(model), out=tmp_path / "out"))
+
+
+def test_the_demo_is_two_jobs_that_share_the_dense_rows(settings, tmp_path, monkeypatch):
+    def job(demo: RunSettings, progress, dense):
+        small = replace(settings, pattern=demo.pattern, compare=demo.compare, out=demo.out, overwrite=demo.overwrite)
+        return run_job(small, progress, dense)
+
+    run_job = run.run
+    monkeypatch.setattr(run, "run", job)
+    monkeypatch.setattr(run, "check", lambda job: run.Pattern.parse(job.pattern))
+    first, second = run.run_demo(tmp_path)
+    told = [report.DENSE, report.DENSE_RETRAINED, report.PRUNED, report.RECONSTRUCTED, report.RETRAINED]
+    assert [row.stage for row in second.rows] == told
+    assert first.rows[:2] == second.rows[:2]
+    assert (tmp_path / "wanda-0.5" / "config.json").exists()
+    assert (tmp_path / "wanda-2-4" / "config.json").exists()
+    assert (tmp_path / "report.json").exists()
+    run.run_demo(Path(tmp_path))
