@@ -74,6 +74,17 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
     return hidden_of(output, hidden.shape)
 
 
+@torch.no_grad()
+def outputs(
+    run: Callable[[Tensor, Arguments], Tensor],
+    hidden: Sequence[Tensor],
+    arguments: Callable[[Sequence[int]], Arguments],
+) -> Iterator[Tensor]:
+    """What `run` (a unit, or a block) gives for each window in turn: hidden states [1, T, H] in and, in store, out."""
+    for window, state in enumerate(hidden):
+        yield to_store(run(state, arguments([window])))
+
+
 class Calls:
     """What a model's blocks are called with for given windows of text, whatever the blocks' signature.
 

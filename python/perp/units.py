@@ -30,6 +30,7 @@ from perp.blocks import (
     to_block,
 )
 from perp.errors import UserError
+from perp.models import load
 from perp.tracing import ChildCall, trace
 
 GRANULARITIES = ("block", "half-block")
@@ -57,7 +58,7 @@ class Unit:
     follows: bool = False
 
     @property
-    def linears(self) -> dict[str, nn.Module]:
+    def linears(self) -> dict[str, Any]:
         """The unit's linears by qualified name: nn.Linear, or what they have been swapped for."""
         return {f"{self.prefix}.{name}": self.block.get_submodule(name) for name in self.linear_names}
 
@@ -113,8 +114,6 @@ def units(
     if granularity not in GRANULARITIES:
         raise UserError(f"{granularity!r} is no granularity; choose {' or '.join(GRANULARITIES)}.")
     if not isinstance(source, PreTrainedModel):
-        from perp.models import load
-
         source, _ = load(str(source))
     prefix, blocks = find_blocks(source)
     if granularity == "block":
