@@ -8,6 +8,7 @@ from perp_kernels.layouts import SparseWeight, pack
 from perp_kernels.ops.bits import pack_bits, unpack_bits
 from perp_kernels.ops.gram import gram_
 from perp_kernels.ops.masked_lora_linear import masked_lora_linear
+from perp_kernels.ops.scale_lora_linear import scale_lora_linear
 from perp_kernels.ops.select import select
 from perp_kernels.ops.sparse_linear import sparse_linear
 from perp_kernels.ops.sparsegpt import sparsegpt
@@ -26,6 +27,7 @@ __all__ = [
     "masked_lora_linear",
     "pack",
     "pack_bits",
+    "scale_lora_linear",
     "select",
     "sparse_linear",
     "sparsegpt",

@@ -27,7 +27,9 @@ from torch import Tensor
 
 from perp_kernels.arrays import as_tensor
 from perp_kernels.ops import pack as _pack
+from perp_kernels.ops._arguments import check_adapter
 from perp_kernels.ops.bits import pack_bits, unpack_mask
+from perp_kernels.ops.merge import add_lowrank_, mul_lowrank_
 from perp_kernels.ops.unpack import unpack
 
 LAYOUTS = ("dense", "bitmap", "semi24")
@@ -98,6 +100,20 @@ class SparseWeight:
     def unpack(self) -> Tensor:
         """The dense weight, a new tensor with +0 where pruned; not differentiable."""
         return unpack(self.values.detach(), self.index, self.row_ptr, self.shape[-1], self.layout).view(self.shape)
+
+    def add_lowrank_(self, A: Any, B: Any, scale: float) -> SparseWeight:
+        """Merge an adapter of `masked_lora_linear` in place, W += scale * M * (B A): see `perp_kernels.ops.merge`."""
+        A, B = as_tensor(A).detach(), as_tensor(B).detach()
+        check_adapter(self, A, B)
+        add_lowrank_(self.values.detach(), self.index, self.row_ptr, self.layout, self.shape, A, B, float(scale))
+        return self
+
+    def mul_lowrank_(self, A: Any, B: Any) -> SparseWeight:
+        """Merge an adapter of `scale_lora_linear` in place, W *= B A: see `perp_kernels.ops.merge`."""
+        A, B = as_tensor(A).detach(), as_tensor(B).detach()
+        check_adapter(self, A, B)
+        mul_lowrank_(self.values.detach(), self.index, self.row_ptr, self.layout, self.shape, A, B)
+        return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SparseWeight:
         """This weight on another device or with values of another dtype; components already so are shared."""

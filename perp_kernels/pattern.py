@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Literal, cast, get_args
 
@@ -31,6 +30,12 @@ class Pattern:
     m: int | None
     sparsity: Fraction
     scope: Scope | None = None
+
+    def __post_init__(self) -> None:
+        # As text a share is a decimal fraction, and the ops take it as text. Over d it has less than log2(d) decimals.
+        d = self.sparsity.denominator
+        if not self.is_nm and 10 ** d.bit_length() % d:
+            raise PatternError(f"A share of zeros is a decimal fraction such as 3/5, not {self.sparsity}.")
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
@@ -106,8 +111,6 @@ class Pattern:
         if self.is_nm:
             return f"{self.n}:{self.m}"
         numerator, denominator = self.sparsity.as_integer_ratio()
-        with localcontext() as context:
-            # A decimal fraction over d has at most log2(d) decimals: enough digits for parse(str(p)) == p.
-            context.prec = denominator.bit_length() + 1
-            share = format(Decimal(numerator) / Decimal(denominator), "f")
+        decimals = next(k for k in range(denominator.bit_length()) if 10**k % denominator == 0)
+        share = f"0.{numerator * 10**decimals // denominator:0{decimals}}"
         return share if self.scope is None else f"{share}/{self.scope}"

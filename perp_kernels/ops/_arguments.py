@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from perp_kernels.layouts import SparseWeight
+if TYPE_CHECKING:
+    from perp_kernels.layouts import SparseWeight
 
 
 def check_linear(x: Tensor, w: SparseWeight, bias: Tensor | None, offsets: Tensor | None) -> None:

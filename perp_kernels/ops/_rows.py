@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,3 +95,10 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out += a @ b in place, where `out` may be wider than a and b: their product is then rounded to their dtype once,
     which lets 16-bit operands use the hardware's 16-bit product."""
     return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(a @ b)
+
+
+def linear_fake(
+    x: Tensor, values: Tensor, index: Tensor, row_ptr: Tensor | None, layout: str, shape: list[int], *rest: Any
+) -> Tensor:
+    """The fake of every linear op: their schemas begin with these arguments."""
+    return x.new_empty([*x.shape[:-1], shape[-2]])

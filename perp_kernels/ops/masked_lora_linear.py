@@ -19,7 +19,6 @@ folded into dB = scale * G A^T and dA += scale * B^T G at once.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -28,22 +27,11 @@ from torch.autograd.function import once_differentiable
 
 from perp_kernels.arrays import as_optional_tensor, as_tensor
 from perp_kernels.layouts import SparseWeight
+from perp_kernels.ops import _adapted
+from perp_kernels.ops._adapted import Added
 from perp_kernels.ops._arguments import check_adapter, check_linear
 from perp_kernels.ops._library import define
-from perp_kernels.ops._rows import (
-    PackedRows,
-    accumulation_dtype,
-    add_product_,
-    clear_pruned_,
-    expert_spans,
-    row_chunks,
-)
-
-
-def effective_rows(w: PackedRows, A: Tensor, B: Tensor, scale: float, start: int, stop: int) -> Tensor:
-    """Rows start..stop of W + scale * M * (B A), a new tensor in the dtype of A [r, K] and B [rows, r]."""
-    W = w.dense(start, stop).to(A.dtype, copy=w.layout == "dense")
-    return clear_pruned_(W.addmm_(B, A, alpha=scale), w.mask(start, stop))
+from perp_kernels.ops._rows import PackedRows, linear_fake
 
 
 def _forward(
@@ -59,27 +47,8 @@ def _forward(
     bias: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    *experts, N, K = shape
-    E, r, wide = math.prod(experts), A.shape[-2], accumulation_dtype(x.dtype)
-    A, B = A.to(wide).reshape(E, r, K), B.to(wide).reshape(E, N, r)
-    w = PackedRows(values, index, row_ptr, layout, K)
-    tokens = x.reshape(-1, K)
-    y = x.new_empty(len(tokens), N)
-    for expert, begin, end in expert_spans(shape, len(tokens), offsets):
-        first = expert * N
-        for start, stop in row_chunks(N, K):
-            W = effective_rows(w, A[expert], B[expert, start:stop], scale, first + start, first + stop)
-            torch.mm(tokens[begin:end], W.to(x.dtype).t(), out=y[begin:end, start:stop])
-            del W  # before the next chunk is formed
-        if bias is not None:
-            y[begin:end] += bias.view(-1, N)[expert]
-    return y.view(*x.shape[:-1], N)
-
-
-def _forward_fake(
-    x: Tensor, values: Tensor, index: Tensor, row_ptr: Any, layout: str, shape: list[int], *_: Any
-) -> Tensor:
-    return x.new_empty([*x.shape[:-1], shape[-2]])
+    w = PackedRows(values, index, row_ptr, layout, shape[-1])
+    return _adapted.forward(Added(scale), x, w, shape, A, B, bias, offsets)
 
 
 def _backward(
@@ -96,77 +65,22 @@ def _backward(
     offsets: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x [T, K], A, B and bias, each empty where `needs` does not ask for it.
-
-    x may be None where neither that of A nor that of B is asked for. That of the bias is in the accumulation dtype.
-    """
-    needs_x, needs_A, needs_B, needs_bias = needs
-    *experts, N, K = shape
-    E, r, wide = math.prod(experts), A.shape[-2], accumulation_dtype(values.dtype)
-    dy = grad_y.reshape(-1, N)
-    dx = values.new_zeros((len(dy), K) if needs_x else 0, dtype=wide)
-    dA = values.new_zeros((E, r, K) if needs_A else 0, dtype=wide)
-    dB = values.new_zeros((E, N, r) if needs_B else 0, dtype=wide)
-    dbias = values.new_empty(shape[:-1] if needs_bias else 0, dtype=wide)
-    A_wide, B_wide = A.to(wide).reshape(E, r, K), B.to(wide).reshape(E, N, r)
-    w = PackedRows(values, index, row_ptr, layout, K)
-    for expert, begin, end in expert_spans(shape, len(dy), offsets):
-        dy_e, first, A_e = dy[begin:end], expert * N, A_wide[expert]
-        for start, stop in row_chunks(N, K):
-            dy_c, B_c = dy_e[:, start:stop], B_wide[expert, start:stop]
-            if needs_x:
-                W = effective_rows(w, A_e, B_c, scale, first + start, first + stop).to(values.dtype)
-                add_product_(dx[begin:end], dy_c, W)
-                del W  # before G is formed
-            if needs_A or needs_B:
-                assert x is not None
-                G = (dy_c.t() @ x.reshape(-1, K)[begin:end]).to(wide)
-                clear_pruned_(G, w.mask(first + start, first + stop))
-                if needs_A:
-                    dA[expert].addmm_(B_c.t(), G, alpha=scale)
-                if needs_B:
-                    dB[expert, start:stop].addmm_(G, A_e.t(), alpha=scale)
-                del G  # before the next chunk is formed
-        if needs_bias:
-            dbias.view(-1, N)[expert] = dy_e.sum(0, dtype=wide)
-    dA, dB = dA.view(A.shape if needs_A else 0), dB.view(B.shape if needs_B else 0)
-    return dx.to(values.dtype), dA.to(A.dtype), dB.to(B.dtype), dbias
-
-
-def _backward_fake(
-    grad_y: Tensor,
-    x: Tensor | None,
-    values: Tensor,
-    index: Tensor,
-    row_ptr: Tensor | None,
-    layout: str,
-    shape: list[int],
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    offsets: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs_x, needs_A, needs_B, needs_bias = needs
-    N, K = shape[-2:]
-    dx = values.new_empty((grad_y.numel() // N, K) if needs_x else 0)
-    dA, dB = A.new_empty(A.shape if needs_A else 0), B.new_empty(B.shape if needs_B else 0)
-    dbias = values.new_empty(shape[:-1] if needs_bias else 0, dtype=accumulation_dtype(values.dtype))
-    return dx, dA, dB, dbias
+    w = PackedRows(values, index, row_ptr, layout, shape[-1])
+    return _adapted.backward(Added(scale), grad_y, x, w, shape, A, B, offsets, needs)
 
 
 _forward_op = define(
     "masked_lora_linear(Tensor x, Tensor values, Tensor index, Tensor? row_ptr, str layout, SymInt[] shape, Tensor A, "
     "Tensor B, float scale, Tensor? bias, Tensor? offsets) -> Tensor",
     _forward,
-    _forward_fake,
+    linear_fake,
 )
 _backward_op = define(
     "masked_lora_linear_backward(Tensor grad_y, Tensor? x, Tensor values, Tensor index, Tensor? row_ptr, str layout, "
     "SymInt[] shape, Tensor A, Tensor B, float scale, Tensor? offsets, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    _backward_fake,
+    _adapted.backward_fake,
 )
 
 

@@ -22,7 +22,7 @@ from perp_kernels.arrays import as_optional_tensor, as_tensor
 from perp_kernels.layouts import SparseWeight
 from perp_kernels.ops._arguments import check_linear
 from perp_kernels.ops._library import define
-from perp_kernels.ops._rows import PackedRows, accumulation_dtype, add_product_, expert_spans, row_chunks
+from perp_kernels.ops._rows import PackedRows, accumulation_dtype, add_product_, expert_spans, linear_fake, row_chunks
 
 
 def _decoded_chunks(N: int, K: int, layout: str) -> Iterable[tuple[int, int]]:
@@ -53,12 +53,6 @@ def _forward(
         if bias is not None:
             y[begin:end] += bias.view(-1, N)[expert]
     return y.view(*x.shape[:-1], N)
-
-
-def _forward_fake(
-    x: Tensor, values: Tensor, index: Tensor, row_ptr: Any, layout: str, shape: list[int], *_: Any
-) -> Tensor:
-    return x.new_empty([*x.shape[:-1], shape[-2]])
 
 
 def _backward(
@@ -123,7 +117,7 @@ _forward_op = define(
     "sparse_linear(Tensor x, Tensor values, Tensor index, Tensor? row_ptr, str layout, SymInt[] shape, Tensor? bias, "
     "Tensor? offsets) -> Tensor",
     _forward,
-    _forward_fake,
+    linear_fake,
 )
 _backward_op = define(
     "sparse_linear_backward(Tensor grad_y, Tensor? x, Tensor values, Tensor index, Tensor? row_ptr, str layout, "

@@ -71,6 +71,12 @@ def test_other_types_are_refused() -> None:
         Pattern.parse(0.6)  # type: ignore[arg-type]
 
 
+def test_a_share_that_text_cannot_say_is_refused() -> None:
+    assert str(Pattern(None, None, Fraction(1, 2**20))) == "0.00000095367431640625"
+    with pytest.raises(PatternError, match="not 1/3"):
+        Pattern(None, None, Fraction(1, 3))
+
+
 def test_check_names_the_layer_and_both_numbers() -> None:
     Pattern.parse("2:4").check(8)
     Pattern.parse("0.5").check(7)
