@@ -4,7 +4,7 @@ import torch
 from perp import pruners
 from perp.errors import UserError
 from perp.statistics import Statistics
-from perp_kernels import Pattern
+from perp_kernels import Pattern, PatternError
 
 N, K, TOKENS = 24, 160, 300
 
@@ -116,6 +116,15 @@ def test_bfloat16_stays_bfloat16_and_repeats(method):
 def test_an_unknown_method_is_refused():
     with pytest.raises(UserError, match="'wander' is not a pruning method; choose one of magnitude, wanda, sparsegpt"):
         pruners.get("wander")
+
+
+def test_resolve_fills_the_scope_and_refuses_one_that_cannot_be():
+    scopes = {name: pruners.resolve(name, "0.5")[1].scope for name in pruners.METHODS}
+    assert scopes == {"magnitude": "matrix", "wanda": "row", "sparsegpt": "slab"}
+    assert str(pruners.resolve("magnitude", "0.5/row")[1]) == "0.5/row"
+    assert str(pruners.resolve("wanda", "2:4")[1]) == "2:4"
+    with pytest.raises(PatternError, match=r'sparsegpt cannot prune "0\.6/matrix"; write 0\.6/slab or 0\.6/row'):
+        pruners.resolve("sparsegpt", "0.6/matrix")
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

@@ -10,11 +10,11 @@ from perp_kernels import Pattern, select
 from perp_kernels.pattern import Scope
 
 NEEDS: Kind | None = None
-SCOPE: Scope = "matrix"
+SCOPES: tuple[Scope, ...] = ("matrix", "row", "slab")
 
 
 def prune(weight: Tensor, statistics: Statistics | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """`statistics` is not read. Returns (the pruned weight, its mask)."""
     scores = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
-    mask = select(scores, pattern.with_scope(SCOPE))
+    mask = select(scores, pattern.with_scope(SCOPES[0]))
     return weight.masked_fill(~mask, 0), mask

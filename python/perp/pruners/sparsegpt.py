@@ -9,11 +9,11 @@ from perp.statistics import Kind, Statistics
 from perp_kernels.pattern import Scope
 
 NEEDS: Kind | None = "gram"
-SCOPE: Scope = "slab"
+SCOPES: tuple[Scope, ...] = ("slab", "row")
 
 
 def prune(weight: Tensor, statistics: Statistics | None, pattern: pk.Pattern) -> tuple[Tensor, Tensor]:
     """Algorithm 1 with the paper's damping of 1 % and blocks of 128. Returns (the updated weight, its mask)."""
     if statistics is None or statistics.sums.ndim != 2:
         raise ValueError("sparsegpt needs the Gram matrix of what the layer reads.")
-    return pk.sparsegpt(weight, statistics.sums, pattern.with_scope(SCOPE), damp=0.01, block_size=128)
+    return pk.sparsegpt(weight, statistics.sums, pattern.with_scope(SCOPES[0]), damp=0.01, block_size=128)

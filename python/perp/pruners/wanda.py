@@ -10,7 +10,7 @@ from perp_kernels import Pattern, select
 from perp_kernels.pattern import Scope
 
 NEEDS: Kind | None = "norms"
-SCOPE: Scope = "row"
+SCOPES: tuple[Scope, ...] = ("row", "matrix", "slab")
 
 
 def prune(weight: Tensor, statistics: Statistics | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -21,5 +21,5 @@ def prune(weight: Tensor, statistics: Statistics | None, pattern: Pattern) -> tu
     if statistics is None:
         raise ValueError("wanda needs the statistics of what the layer reads.")
     scores = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs() * statistics.square_sums.sqrt()
-    mask = select(scores, pattern.with_scope(SCOPE))
+    mask = select(scores, pattern.with_scope(SCOPES[0]))
     return weight.masked_fill(~mask, 0), mask

@@ -1,0 +1,203 @@
+"""Pruning a model block by block, each on the outputs of the blocks already pruned, with or without reconstruction."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from perp import pruners
+from perp.adapters import trainable
+from perp.blocks import Arguments, Calls, find_blocks, outputs, prunable, run_block, to_store
+from perp.errors import UserError
+from perp.models import check_finite
+from perp.progress import Progress, Silent
+from perp.pruners import Pruner, magnitude
+from perp.reconstruct import Losses, ReconstructSettings
+from perp.reconstruct import reconstruct as fit
+from perp.statistics import Statistics, collect
+from perp.units import Unit, units
+from perp_kernels import Pattern
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning a model gave.
+
+    `masks`: by qualified name of the linear, bool [out, in] on the CPU, True = kept. `losses`: by name of the unit, of
+    those that were reconstructed. `seconds`: wall-clock time.
+    """
+
+    masks: dict[str, Tensor]
+    losses: dict[str, Losses]
+    seconds: float
+
+
+@torch.no_grad()
+def prune_model(
+    model: PreTrainedModel,
+    windows: Tensor | None,
+    method: str = "wanda",
+    pattern: str | Pattern = "0.5",
+    reconstruct: ReconstructSettings | None = None,
+    granularity: str = "half-block",
+    progress: Progress | None = None,
+) -> Pruned:
+    """Prune every nn.Linear of the decoder's blocks in place; embeddings, head and norms are not pruned.
+
+    `windows`: calibration token ids, int64 [n, T]; None will do for a method without statistics where nothing is
+    reconstructed. `pattern` takes the method's scope where it names none. `granularity`: "half-block" or "block", the
+    unit of reconstruction.
+
+    Each block is fed by the pruned blocks before it. One pass with its dense weights gives the statistics of all its
+    linears; then each unit in turn is pruned and, with `reconstruct`, fitted to what its dense weights compute from the
+    same inputs. The model is put in eval mode. What can be refused is refused before any weight changes: UserError, or
+    PatternError for a layer whose inputs do not divide by M.
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    pruner, pattern = pruners.resolve(method, pattern)
+    prefix, blocks = find_blocks(model.eval())
+    _check(model, prefix, blocks, pattern, reconstruct)
+    job = _Job(pruner, pattern, reconstruct)
+    calls = None
+    if pruner.NEEDS or reconstruct:
+        if windows is None:
+            raise UserError(f"{method} needs windows of calibration text here; give some.")
+        calls = Calls(model, windows)
+    progress.stage("prune", len(blocks))
+    for index, parts in units(model, windows, granularity if reconstruct else "block"):
+        if calls is None:
+            job.prune(parts[0], {})
+        else:
+            job.calibrated(parts, calls.hidden, partial(calls.arguments, index), last=index + 1 == len(blocks))
+        progress.unit(f"{prefix}.{index}", **job.figures(parts))
+    progress.done()
+    if job.unread:
+        warnings.warn(
+            f"{len(job.unread)} linears read no token of the calibration text and were pruned by magnitude, such as "
+            f"{job.unread[0]}; use more windows.",
+            stacklevel=2,
+        )
+    return Pruned(job.masks, job.losses, time.monotonic() - started)
+
+
+def _check(
+    model: PreTrainedModel,
+    prefix: str,
+    blocks: nn.ModuleList,
+    pattern: Pattern,
+    reconstruct: ReconstructSettings | None,
+) -> None:
+    """Refuse what cannot be pruned; warn of weights in the blocks that are not an nn.Linear's."""
+    linears = {
+        name: linear for i, block in enumerate(blocks) for name, linear in prunable(block, f"{prefix}.{i}").items()
+    }
+    if not linears:
+        raise UserError(f"the blocks of {type(model).__name__} hold no nn.Linear to prune.")
+    for name, linear in linears.items():
+        if linear.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"the weight of {name} is {linear.weight.dtype}; load the model unquantised to prune it.")
+        pattern.check(linear.in_features, name)
+    check_finite(model, type(model).__name__)
+    if (
+        reconstruct
+        and not {"kept", "mask_lora"} & set(reconstruct.parts)
+        and not trainable(blocks.modules(), reconstruct.parts)
+    ):
+        raise UserError(f"the blocks have no {' or '.join(sorted(reconstruct.parts))} to reconstruct with; add kept.")
+    covered = {id(linear.weight) for linear in linears.values()}
+    others = [name for name, weight in blocks.named_parameters() if weight.ndim > 1 and id(weight) not in covered]
+    if others:
+        warnings.warn(
+            f"{len(others)} weights of the blocks are not an nn.Linear's and stay dense, such as {prefix}.{others[0]}.",
+            stacklevel=3,
+        )
+
+
+class _Job:
+    """One run of `prune_model`: the method, and what it has given so far."""
+
+    def __init__(self, pruner: Pruner, pattern: Pattern, settings: ReconstructSettings | None) -> None:
+        self.pruner, self.pattern, self.settings = pruner, pattern, settings
+        self.masks: dict[str, Tensor] = {}
+        self.losses: dict[str, Losses] = {}
+        self.unread: list[str] = []
+
+    def calibrated(
+        self,
+        parts: Sequence[Unit],
+        hidden: list[Tensor],
+        arguments: Callable[[Sequence[int]], Arguments],
+        last: bool,
+    ) -> None:
+        """Prune (and reconstruct) the units of a block, and turn `hidden` from its inputs into its outputs.
+
+        With the pass over the dense block goes the target of every unit that reads the block's input: for parallel
+        branches it has to be taken before the first of them, and with it a norm they may share, is trained.
+        """
+        block, prefix = parts[0].block, parts[0].prefix
+        first = [unit for unit in parts if self.settings and not unit.follows]
+        targets: dict[str, list[Tensor]] = {unit.name: [] for unit in first}
+        statistics: dict[str, Statistics] = {}
+        if self.pruner.NEEDS:
+            with ExitStack() as taps:
+                for unit in first:
+                    taps.enter_context(unit.tapped(partial(_keep, targets[unit.name]), hidden[0].shape))
+                statistics = collect(block, prunable(block, prefix), hidden, arguments, self.pruner.NEEDS)
+        else:
+            for unit in first:
+                targets[unit.name] = list(outputs(unit, hidden, arguments))
+        if self.settings is None:
+            for unit in parts:
+                self.prune(unit, statistics)
+        else:
+            given: list[Tensor] = []
+            for unit in parts:
+                if unit.follows:
+                    hidden[:] = given
+                    targets[unit.name] = list(outputs(unit, hidden, arguments))
+                given = targets.pop(unit.name)
+                self.prune(unit, statistics)
+                if unit.linear_names:
+                    self.losses[unit.name] = fit(unit, self.masks, hidden, given, arguments, self.settings)
+            if parts[-1].end is None:
+                hidden[:] = given
+                return
+        if not last:
+            for window, output in enumerate(outputs(partial(run_block, block), hidden, arguments)):
+                hidden[window] = output
+
+    def prune(self, unit: Unit, statistics: Mapping[str, Statistics]) -> None:
+        """Prune the unit's linears in place."""
+        for name, linear in unit.linears.items():
+            read = statistics.get(name)
+            pruner: Pruner = self.pruner
+            if pruner.NEEDS and not (read and read.tokens):
+                self.unread.append(name)
+                pruner = magnitude
+            weight, mask = pruner.prune(linear.weight, read, self.pattern)
+            linear.weight.copy_(weight)
+            self.masks[name] = mask.cpu()
+
+    def figures(self, parts: Sequence[Unit]) -> dict[str, float]:
+        """The mean losses of the block's units, for the progress."""
+        losses = [self.losses[unit.name] for unit in parts if unit.name in self.losses]
+        if not losses:
+            return {}
+        before, after = (
+            sum(values) / len(losses) for values in zip(*((x.before, x.after) for x in losses), strict=True)
+        )
+        return {"before": before, "after": after}
+
+
+def _keep(targets: list[Tensor], output: Tensor) -> None:
+    # A copy, since the block goes on and may write its later results into the same memory.
+    targets.append(to_store(output.clone()))
