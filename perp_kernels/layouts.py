@@ -178,6 +178,7 @@ def _validate(weight: SparseWeight) -> None:
     need(row_ptr is None or layout == "bitmap", "only bitmap has row_ptr")
     if layout == "semi24":
         need(K % 4 == 0, "the number of inputs is a multiple of 4")
+        need(K % 8 == 0 or not bool((index[:, -1] >> 4).any()), "index nibbles past the last column are 0")
     columns = unpack_mask(index, 8 * width, layout)
     need(not bool(columns[:, K:].any()), "index bits past the last column are 0")
     kept = columns[:, :K]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -38,3 +39,9 @@ def check_adapter(w: SparseWeight, A: Tensor, B: Tensor) -> None:
             f"Adapters of a weight {list(w.shape)} are A {[*experts, 'r', K]} and B {[*experts, N, 'r']}, "
             f"not {list(A.shape)} and {list(B.shape)}."
         )
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors is recorded for a backward pass. Where it is not, the op is called without its
+    autograd.Function, which would take as long as all else that surrounds a small product."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

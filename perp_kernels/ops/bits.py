@@ -8,10 +8,12 @@ eight columns, so the second is a recoding of the first, byte by byte.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from perp_kernels.arrays import as_tensor
 from perp_kernels.ops._library import define
 
 
@@ -41,7 +43,7 @@ def _kept_of_byte(layout: str, device: torch.device) -> Tensor:
     for byte in range(256):
         if layout == "semi24":
             nibbles = ((0, byte & 15), (4, byte >> 4))
-            columns = [first + p for first, n in nibbles if n & 3 < n >> 2 for p in (n & 3, n >> 2)]
+            columns = [first + p for first, n in nibbles if (n & 3) < (n >> 2) for p in (n & 3, n >> 2)]
         else:
             columns = [j for j in range(8) if byte >> j & 1]
         kept[byte, columns] = True
@@ -81,15 +83,17 @@ _pack_op = define("pack_bits(Tensor mask) -> Tensor", _pack_reference, _pack_fak
 unpack_mask = define("unpack_mask(Tensor index, SymInt K, str layout) -> Tensor", _unpack_reference, _unpack_fake)
 
 
-def pack_bits(mask: Tensor) -> Tensor:
+def pack_bits(mask: Any) -> Tensor:
     """Pack a bool mask [..., K] into uint8 [..., ceil(K/8)]: bit j of byte i = column 8 i + j, padding bits 0."""
+    mask = as_tensor(mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"A mask is a bool tensor, True = kept, not {mask.dtype}.")
     return _pack_op(mask)
 
 
-def unpack_bits(bits: Tensor, K: int) -> Tensor:
+def unpack_bits(bits: Any, K: int) -> Tensor:
     """The bool mask [..., K] that `pack_bits` packed into uint8 [..., ceil(K/8)]."""
+    bits = as_tensor(bits)
     if bits.dtype != torch.uint8 or bits.shape[-1] != (K + 7) // 8:
         raise ValueError(
             f"Packed bits of {K} columns are uint8 [..., {(K + 7) // 8}], not {bits.dtype} {list(bits.shape)}."

@@ -39,4 +39,5 @@ dispatch.register("pack", "cpu", cpu.pack, _cpu_supports, None if cpu.available 
 
 
 def pack(weight: Tensor, bits: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The components of `weight` under the mask bits `bits`: see the contract above."""
     return dispatch.select("pack", weight, bits, layout)(weight, bits, layout)

@@ -22,7 +22,7 @@ from perp_kernels.arrays import as_optional_tensor, as_tensor
 from perp_kernels.layouts import SparseWeight
 from perp_kernels.ops import _adapted
 from perp_kernels.ops._adapted import Scaled
-from perp_kernels.ops._arguments import check_adapter, check_linear
+from perp_kernels.ops._arguments import check_adapter, check_linear, wants_gradient
 from perp_kernels.ops._library import define
 from perp_kernels.ops._rows import PackedRows, linear_fake
 
@@ -121,4 +121,6 @@ def scale_lora_linear(x: Any, w: SparseWeight, A: Any, B: Any, bias: Any = None,
     bias, offsets = as_optional_tensor(bias), as_optional_tensor(offsets)
     check_linear(x, w, bias, offsets)
     check_adapter(w, A, B)
-    return _ScaleLoraLinear.apply(x, A, B, bias, w.values, w.index, w.row_ptr, w.layout, w.shape, offsets)
+    if wants_gradient(x, A, B, bias):
+        return _ScaleLoraLinear.apply(x, A, B, bias, w.values, w.index, w.row_ptr, w.layout, w.shape, offsets)
+    return _forward_op(x, w.values, w.index, w.row_ptr, w.layout, w.shape, A, B, bias, offsets)

@@ -54,6 +54,7 @@ def test_bits_match_numpy(shape: tuple[int, ...]) -> None:
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
     bits = pack_bits(mask)
     assert torch.equal(bits, torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little")))
+    assert torch.equal(pack_bits(mask.numpy()), bits)
     assert torch.equal(unpack_bits(bits, shape[-1]), mask)
 
 
@@ -204,6 +205,12 @@ CORRUPTIONS = {
     "count": ("bitmap", "values", lambda t: t[:, :-1], "as many columns"),
     "flat": ("bitmap", "values", lambda t: t.reshape(-1), "without row_ptr"),
     "nibble": ("semi24", "index", lambda t: t.index_fill(0, torch.tensor([0]), 0), "rising order"),
+    "last nibble": (
+        "semi24",
+        "index",
+        lambda t: t + torch.tensor([0, 16], dtype=torch.uint8),
+        "nibbles past the last column",
+    ),
     "dense": ("dense", "values", lambda t: t + 1, "0 where pruned"),
     "width": ("dense", "index", lambda t: t[:, :1], "uint8"),
     "integer": ("dense", "values", lambda t: t.int(), "floating point"),
