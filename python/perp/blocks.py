@@ -17,6 +17,9 @@ from perp.errors import UserError
 # passes by keyword leaves its key in the keywords, with None as its value.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
+# Those for a batch of windows, given by their numbers.
+ArgumentsOf = Callable[[Sequence[int]], Arguments]
+
 HIDDEN = "hidden_states"
 
 # The hidden state of a call and the rest of it.
@@ -45,6 +48,12 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def prunable(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     """The weights to prune: every nn.Linear of the block, by its name qualified with `prefix`, in module order."""
     return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def all_prunable(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """`prunable` of all blocks of the model, in order."""
+    prefix, blocks = find_blocks(model)
+    return {name: linear for i, block in enumerate(blocks) for name, linear in prunable(block, f"{prefix}.{i}").items()}
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -78,7 +87,7 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
 def outputs(
     run: Callable[[Tensor, Arguments], Tensor],
     hidden: Sequence[Tensor],
-    arguments: Callable[[Sequence[int]], Arguments],
+    arguments: ArgumentsOf,
 ) -> Iterator[Tensor]:
     """What `run` (a unit, or a block) gives for each window in turn: hidden states [1, T, H] in and, in store, out."""
     for window, state in enumerate(hidden):
@@ -99,7 +108,8 @@ class Calls:
     def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
         """`windows`: token ids, int64 [n, T], n >= 1. The model must be in eval mode: no dropout, no checkpointing.
 
-        UserError where the blocks do not run once each and in order, or hand each other more than the hidden state.
+        UserError where the blocks do not run once each and in order, hand each other more than the hidden state, or
+        give NaN or infinite values.
         """
         if windows.ndim != 2 or not windows.numel():
             raise UserError(f"the windows are {list(windows.shape)}; at least one window of tokens [n, T] is needed.")
@@ -141,6 +151,11 @@ class Calls:
         self._walk(ids, answer)
         hidden, arguments = self._stubbed(ids)
         for block, called, expected in zip(self._blocks, arguments, real, strict=True):
+            if not expected.isfinite().all():
+                raise UserError(
+                    f"{type(self._model).__name__} computes NaN or infinite activations as {expected.dtype}; "
+                    "load it in a wider dtype."
+                )
             hidden = run_block(block, hidden, called)
             if not close(hidden, expected):
                 raise UserError(

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from perp import pruners
 from perp.adapters import trainable
-from perp.blocks import Arguments, Calls, find_blocks, outputs, prunable, run_block, to_store
+from perp.blocks import ArgumentsOf, Calls, all_prunable, find_blocks, outputs, prunable, run_block, to_store
 from perp.errors import UserError
 from perp.models import check_finite
 from perp.progress import Progress, Silent
@@ -65,7 +65,7 @@ def prune_model(
     progress = progress or Silent()
     pruner, pattern = pruners.resolve(method, pattern)
     prefix, blocks = find_blocks(model.eval())
-    _check(model, prefix, blocks, pattern, reconstruct)
+    _check(model, pattern, reconstruct)
     job = _Job(pruner, pattern, reconstruct)
     calls = None
     if pruner.NEEDS or reconstruct:
@@ -89,17 +89,10 @@ def prune_model(
     return Pruned(job.masks, job.losses, time.monotonic() - started)
 
 
-def _check(
-    model: PreTrainedModel,
-    prefix: str,
-    blocks: nn.ModuleList,
-    pattern: Pattern,
-    reconstruct: ReconstructSettings | None,
-) -> None:
+def _check(model: PreTrainedModel, pattern: Pattern, reconstruct: ReconstructSettings | None) -> None:
     """Refuse what cannot be pruned; warn of weights in the blocks that are not an nn.Linear's."""
-    linears = {
-        name: linear for i, block in enumerate(blocks) for name, linear in prunable(block, f"{prefix}.{i}").items()
-    }
+    prefix, blocks = find_blocks(model)
+    linears = all_prunable(model)
     if not linears:
         raise UserError(f"the blocks of {type(model).__name__} hold no nn.Linear to prune.")
     for name, linear in linears.items():
@@ -107,11 +100,8 @@ def _check(
             raise UserError(f"the weight of {name} is {linear.weight.dtype}; load the model unquantised to prune it.")
         pattern.check(linear.in_features, name)
     check_finite(model, type(model).__name__)
-    if (
-        reconstruct
-        and not {"kept", "mask_lora"} & set(reconstruct.parts)
-        and not trainable(blocks.modules(), reconstruct.parts)
-    ):
+    weightless = reconstruct and not {"kept", "mask_lora"} & set(reconstruct.parts)
+    if reconstruct and weightless and not trainable(blocks.modules(), reconstruct.parts):
         raise UserError(f"the blocks have no {' or '.join(sorted(reconstruct.parts))} to reconstruct with; add kept.")
     covered = {id(linear.weight) for linear in linears.values()}
     others = [name for name, weight in blocks.named_parameters() if weight.ndim > 1 and id(weight) not in covered]
@@ -135,45 +125,44 @@ class _Job:
         self,
         parts: Sequence[Unit],
         hidden: list[Tensor],
-        arguments: Callable[[Sequence[int]], Arguments],
+        arguments: ArgumentsOf,
         last: bool,
     ) -> None:
-        """Prune (and reconstruct) the units of a block, and turn `hidden` from its inputs into its outputs.
-
-        With the pass over the dense block goes the target of every unit that reads the block's input: for parallel
-        branches it has to be taken before the first of them, and with it a norm they may share, is trained.
-        """
-        block, prefix = parts[0].block, parts[0].prefix
-        first = [unit for unit in parts if self.settings and not unit.follows]
-        targets: dict[str, list[Tensor]] = {unit.name: [] for unit in first}
-        statistics: dict[str, Statistics] = {}
-        if self.pruner.NEEDS:
-            with ExitStack() as taps:
-                for unit in first:
-                    taps.enter_context(unit.tapped(partial(_keep, targets[unit.name]), hidden[0].shape))
-                statistics = collect(block, prunable(block, prefix), hidden, arguments, self.pruner.NEEDS)
-        else:
-            for unit in first:
+        """Prune (and reconstruct) the units of a block; unless it is the `last`, `hidden` becomes its outputs."""
+        statistics, targets = self._observe(parts, hidden, arguments)
+        given: list[Tensor] = []
+        for unit in parts:
+            if self.settings and unit.follows:
+                hidden[:] = given
                 targets[unit.name] = list(outputs(unit, hidden, arguments))
-        if self.settings is None:
-            for unit in parts:
-                self.prune(unit, statistics)
-        else:
-            given: list[Tensor] = []
-            for unit in parts:
-                if unit.follows:
-                    hidden[:] = given
-                    targets[unit.name] = list(outputs(unit, hidden, arguments))
+            self.prune(unit, statistics)
+            if self.settings:
                 given = targets.pop(unit.name)
-                self.prune(unit, statistics)
                 if unit.linear_names:
                     self.losses[unit.name] = fit(unit, self.masks, hidden, given, arguments, self.settings)
-            if parts[-1].end is None:
-                hidden[:] = given
-                return
-        if not last:
-            for window, output in enumerate(outputs(partial(run_block, block), hidden, arguments)):
+        if self.settings and parts[-1].end is None:
+            hidden[:] = given
+        elif not last:
+            for window, output in enumerate(outputs(partial(run_block, parts[0].block), hidden, arguments)):
                 hidden[window] = output
+
+    def _observe(
+        self, parts: Sequence[Unit], hidden: Sequence[Tensor], arguments: ArgumentsOf
+    ) -> tuple[dict[str, Statistics], dict[str, list[Tensor]]]:
+        """From the dense block: its linears' statistics, and the targets of the units that read the block's input.
+
+        One pass gives both. The targets of parallel branches have to be taken before the first of them is fitted, since
+        a norm that they share is trained with it.
+        """
+        first = [unit for unit in parts if self.settings and not unit.follows]
+        if self.pruner.NEEDS is None:
+            return {}, {unit.name: list(outputs(unit, hidden, arguments)) for unit in first}
+        targets: dict[str, list[Tensor]] = {unit.name: [] for unit in first}
+        with ExitStack() as taps:
+            for unit in first:
+                taps.enter_context(unit.tapped(partial(_keep, targets[unit.name]), hidden[0].shape))
+            linears = prunable(parts[0].block, parts[0].prefix)
+            return collect(parts[0].block, linears, hidden, arguments, self.pruner.NEEDS), targets
 
     def prune(self, unit: Unit, statistics: Mapping[str, Statistics]) -> None:
         """Prune the unit's linears in place."""

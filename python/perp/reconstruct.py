@@ -7,7 +7,7 @@ attention and MLP with all kept weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from perp.adapters import PARTS, attach, merge, trainable
-from perp.blocks import Arguments, outputs
+from perp.blocks import ArgumentsOf, outputs
 from perp.errors import UserError
 from perp.linear import swap_linears, unswap
 from perp.optim import AdamW
@@ -79,7 +79,7 @@ def reconstruct(
     masks: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
     targets: list[Tensor],
-    arguments: Callable[[Sequence[int]], Arguments],
+    arguments: ArgumentsOf,
     settings: ReconstructSettings,
 ) -> Losses:
     """Fit the pruned `unit` to `targets`; its pruned weights stay exactly zero.
@@ -134,7 +134,7 @@ def _train(
     parameters: list[nn.Parameter],
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
-    arguments: Callable[[Sequence[int]], Arguments],
+    arguments: ArgumentsOf,
     settings: ReconstructSettings,
 ) -> bool:
     """Train the parameters; False where the loss or a gradient became NaN or infinite."""
@@ -160,7 +160,7 @@ def _measure(
     unit: Unit,
     inputs: Sequence[Tensor],
     targets: list[Tensor],
-    arguments: Callable[[Sequence[int]], Arguments],
+    arguments: ArgumentsOf,
     overwrite: bool = False,
 ) -> float:
     """The mean of the windows' errors; with `overwrite`, each target gives way to the output."""

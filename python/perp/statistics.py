@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import perp_kernels as pk
-from perp.blocks import Arguments, run_block
+from perp.blocks import ArgumentsOf, run_block
 from perp.errors import UserError
 
 Kind = Literal["norms", "gram"]
@@ -43,7 +43,7 @@ def collect(
     block: nn.Module,
     linears: Mapping[str, nn.Linear],
     inputs: Sequence[Tensor],
-    arguments: Callable[[Sequence[int]], Arguments],
+    arguments: ArgumentsOf,
     kind: Kind,
 ) -> dict[str, Statistics]:
     """Run the block over all windows and return each linear's statistics by its name in `linears`.

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from perp.blocks import Calls, find_blocks, is_norm, prunable, run_block
+from perp.blocks import Calls, all_prunable, find_blocks, is_norm, prunable, run_block
 from perp.errors import UserError
 from tests.perp.families import FAMILIES, build, windows
 
@@ -139,6 +139,13 @@ def test_blocks_that_hand_on_more_than_the_hidden_state_are_refused():
         Calls(model, windows())
 
 
+def test_activations_that_overflow_are_refused_as_such():
+    model = build("llama", dtype=torch.float16)
+    model.model.layers[0].mlp.down_proj.weight.data *= 1e5
+    with pytest.raises(UserError, match=r"computes NaN or infinite activations as torch\.float16"):
+        Calls(model, windows())
+
+
 def test_a_model_that_skips_blocks_is_refused():
     model = build("llama")
     model.config.num_hidden_layers = 1
@@ -164,6 +171,7 @@ def test_prunable_are_all_linears_and_only_those():
     attention = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
     assert list(found) == attention + [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
     assert all(model.get_submodule(name) is linear for name, linear in found.items())
+    assert list(all_prunable(model))[7:] == list(found)
 
 
 def test_norms_are_told_by_behaviour():

@@ -8,6 +8,7 @@ from perp.blocks import Calls, close, find_blocks, is_norm, prunable, run_block
 from perp.errors import UserError
 from perp.units import split, units
 from tests.perp.families import FAMILIES, HIDDEN, build, windows
+from tests.perp.tiny import model_dir
 
 PARALLEL = ("neox-parallel", "phi")
 
@@ -130,6 +131,13 @@ def test_whole_blocks_are_one_unit():
         with torch.no_grad():
             arguments = calls.arguments(index, [0])
             assert torch.equal(unit(calls.hidden[0], arguments), run_block(block, calls.hidden[0], arguments))
+
+
+def test_walks_a_directory(tmp_path):
+    directory = model_dir(tmp_path, "qwen3")
+    found = {unit.name: unit.linear_names for _, parts in units(directory) for unit in parts}
+    assert found == {unit.name: unit.linear_names for _, parts in units(build("qwen3")) for unit in parts}
+    assert len(found) == 4
 
 
 def test_unknown_granularity_is_refused():
