@@ -1,0 +1,64 @@
+"""The physical limit of a case: its bytes over the measured bandwidth or its FLOPs over the measured matrix rate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from bench.registry import Work
+
+BUFFER_BYTES = 256 << 20
+"""Eight times a 32 MiB last-level cache: nothing of one pass is left for the next."""
+REPEATS = 8
+
+
+def milliseconds(work: Work, dtype: torch.dtype) -> float:
+    """The least time `work` can take on this machine with the current number of threads."""
+    moving = work.bytes / read_bandwidth()
+    computing = work.flops / matrix_rate(dtype) if work.flops else 0.0
+    return 1e3 * max(moving, computing)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that the current threads read from memory; measured once per number of threads."""
+    return _read_bandwidth(torch.get_num_threads())
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """FLOP per second of a large dense product at `dtype`; measured once per number of threads."""
+    return _matrix_rate(dtype, torch.get_num_threads())
+
+
+@cache
+def _read_bandwidth(threads: int) -> float:
+    # No one reduction is bound by memory on every CPU (a float sum can be bound by its additions): the fastest counts.
+    buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
+    floats = buffer.view(torch.float32)
+    target = torch.empty_like(buffer)
+    return max(
+        BUFFER_BYTES / _fastest(buffer.sum),
+        BUFFER_BYTES / _fastest(floats.sum),
+        2 * BUFFER_BYTES / _fastest(lambda: target.copy_(buffer)),
+    )
+
+
+@cache
+def _matrix_rate(dtype: torch.dtype, threads: int) -> float:
+    def rate(size: int) -> float:
+        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+        return 2 * size**3 / _fastest(lambda: left @ right)
+
+    return max(rate(size) for size in (1024, 2048))
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    call()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,62 @@
+"""The Gram of calibration inputs: H += xᵀ x, H fp32 [K, K], x [T, K]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import perp_kernels as pk
+from bench import peers
+from bench.inputs import check_close, generator, normal
+from bench.registry import Case, Op, Work
+
+PRODUCT = "full product"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    H: Tensor
+    x: Tensor
+
+
+def ours(arguments: Arguments) -> Tensor:
+    return pk.gram_(arguments.H, arguments.x)
+
+
+def product(arguments: Arguments) -> Tensor:
+    return peers.gram(arguments.H, arguments.x)
+
+
+def check(arguments: Arguments) -> None:
+    x = arguments.x.double()
+    mine, plain = (run(Arguments(torch.zeros_like(arguments.H), arguments.x)) for run in (ours, product))
+    check_close(["the Gram"], [mine], [plain], [x.T @ x])
+
+
+def case(T: int, K: int, dtype: torch.dtype, quick: bool = False) -> Case:
+    return Case(
+        op="gram_",
+        shape=f"T={T} K={K}",
+        dtype=dtype,
+        make=lambda seed: Arguments(torch.zeros(K, K), normal((T, K), dtype, generator(seed))),
+        ours=ours,
+        peers={PRODUCT: product},
+        # H is symmetric: half of the 2 T K² of a full product.
+        work=Work(bytes=T * K * dtype.itemsize + 2 * K * K * 4, flops=T * K * (K + 1)),
+        check=check,
+        quick=quick,
+    )
+
+
+OPS = [
+    Op(
+        "gram_",
+        [
+            case(512, 576, torch.float32, quick=True),
+            *(case(2048, K, dtype) for dtype in (torch.float32, torch.bfloat16) for K in (576, 1536, 4096)),
+        ],
+        tests=("test_gram.py",),
+    )
+]

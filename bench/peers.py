@@ -1,0 +1,102 @@
+"""What ours is compared with: published or plain-torch ways to do the same, nothing tuned, nothing handicapped.
+
+The tests take their baselines from here too, so that what is checked and what is timed cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perp_kernels import Pattern
+
+BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
+SLAB = 128
+
+
+def published_masked_lora(
+    x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """MaskLoRA as its paper's code computes it (arXiv 2312.15230): the effective weight in full, under autograd.
+
+    x [..., K], W [N, K] with zeros where pruned, A [r, K], B [N, r]; adapters are rounded to W's dtype.
+    """
+    update = (B.to(W.dtype) @ A.to(W.dtype)).masked_fill(W == 0, 0)
+    return F.linear(x, W + scale * update, bias)
+
+
+def boolean_pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept values [nnz] by boolean indexing, and the mask [N, K], K % 8 == 0, as bytes with the low bit first."""
+    place = torch.tensor(BIT_VALUES, dtype=torch.uint8)
+    return weight[mask], (mask.view(torch.uint8).unflatten(-1, (-1, 8)) * place).sum(-1, dtype=torch.uint8)
+
+
+def boolean_unpack(values: Tensor, bits: Tensor) -> Tensor:
+    """The dense [N, K] weight of `boolean_pack`."""
+    place = torch.tensor(BIT_VALUES, dtype=torch.uint8)
+    mask = bits.unsqueeze(-1).bitwise_and(place).ne(0).flatten(-2)
+    dense = torch.zeros(mask.shape, dtype=values.dtype)
+    dense[mask] = values
+    return dense
+
+
+def gram(H: Tensor, x: Tensor) -> Tensor:
+    """H [K, K] fp32 += xᵀ x through a full product, x [T, K] widened first as the reference implementations do."""
+    wide = x.float()
+    H += wide.T @ wide
+    return H
+
+
+def select(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Mask [N, K] that drops the lowest scores by stable sorts, as Wanda's reference code does (arXiv 2306.11695)."""
+    N, K = scores.shape
+    if pattern.m is not None:
+        return _drop_lowest(scores.view(-1, pattern.m), pattern).view(N, K)
+    if pattern.scope == "matrix":
+        return _drop_lowest(scores.view(1, -1), pattern).view(N, K)
+    if pattern.scope == "slab":
+        slabs = scores.split(SLAB, dim=1)
+        return torch.cat([_drop_lowest(s.reshape(1, -1), pattern).view(N, -1) for s in slabs], dim=1)
+    return _drop_lowest(scores, pattern)
+
+
+def _drop_lowest(scores: Tensor, pattern: Pattern) -> Tensor:
+    order = scores.sort(dim=-1, stable=True).indices
+    dropped = order[:, : pattern.pruned(scores.shape[1])]
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, dropped, False)
+
+
+def sparsegpt(weight: Tensor, H: Tensor, pattern: Pattern, damp: float = 0.01) -> tuple[Tensor, Tensor]:
+    """SparseGPT (arXiv 2301.00774, algorithm 1) column by column in plain torch, in the dtype of `H`.
+
+    weight [N, K]; H [K, K] the Gram of its inputs. A share of zeros is met by each slab of 128 columns; under N:M
+    each row chooses among its next M columns as updated so far. Returns the new weight in its own dtype, and the mask.
+    """
+    W = weight.to(H.dtype, copy=True)
+    H = H.clone()
+    rows, columns = W.shape
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1
+    W[:, dead] = 0
+    H.diagonal().add_(damp * H.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    mask = torch.ones(rows, columns, dtype=torch.bool)
+    for start in range(0, columns, SLAB):
+        end = min(start + SLAB, columns)
+        block, U = W[:, start:end].clone(), inverse[start:end, start:end]
+        errors = torch.zeros_like(block)
+        group = pattern.m or end - start
+        for j in range(end - start):
+            if j % group == 0:
+                ahead = slice(j, j + group)
+                mask[:, start:end][:, ahead] = select(
+                    block[:, ahead] ** 2 / U.diagonal()[ahead] ** 2, pattern.with_scope("matrix")
+                )
+            pruned = torch.where(mask[:, start + j], block[:, j], 0)
+            errors[:, j] = (block[:, j] - pruned) / U[j, j]
+            block[:, j:] -= errors[:, j : j + 1] @ U[j : j + 1, j:]
+            block[:, j] = pruned
+        W[:, start:end] = block
+        W[:, end:] -= errors @ inverse[start:end, end:]
+    return W.to(weight.dtype), mask

@@ -1,0 +1,144 @@
+"""`python -m bench.quality`: prune and recover one model by every method of a protocol, beside the anchors.
+
+Rows already in the results file under the same settings are not measured again. Rates are tuned with --validate, which
+judges on windows that are never reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench import machine, results
+from bench.quality import report
+from bench.quality.protocol import Protocol
+from bench.quality.rows import ROWS, Row
+from bench.quality.store import Store
+from bench.quality.worker import Job
+from perp import demo, manifest
+from perp.errors import UserError
+
+WIDTH = 200
+
+
+def in_a_process_of_its_own(job: Job) -> dict[str, Any]:
+    """What `bench.quality.worker` measures; CalledProcessError where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job.to_json()))
+        subprocess.run([sys.executable, "-m", "bench.quality.worker", str(path)], cwd=machine.ROOT, check=True)
+        return json.loads((path.parent / "result.json").read_text())
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Runs rows under one protocol into one results file; models that others continue are kept in `cache`."""
+
+    protocol: Protocol
+    store: Store
+    cache: Path
+    validate: bool = False
+    measure: Callable[[Job], dict[str, Any]] = in_a_process_of_its_own
+
+    def run(self, row: Row, redo: bool = False) -> bool:
+        """Measures the row, after the row it starts from where that one's model is not there; False if skipped."""
+        settings = row.settings(self.protocol)
+        if not redo and self.store.has(row.name, settings):
+            return False
+        start = self._state(row.start) if row.start else None
+        if start and row.start and not self._fresh(ROWS[row.start], start):
+            self.run(ROWS[row.start], redo=True)
+        continued = row.name in {other.start for other in ROWS.values()}
+        job = Job(row, self.protocol, self.validate, start, self._state(row.name) if continued else None)
+        print(f"{row.name}: {row.label}", file=sys.stderr)
+        found = self.measure(job)
+        identity = {"row": row.name, "label": row.label, "device": machine.device(), "commit": machine.commit()}
+        anchor = row.anchor and asdict(row.anchor)
+        self.store.put({**identity, **found, "anchor": None if self.validate else anchor, "settings": settings})
+        return True
+
+    def _state(self, name: str) -> Path:
+        return self.cache / self.protocol.name / machine.slug(name)
+
+    def _fresh(self, row: Row, state: Path) -> bool:
+        try:
+            return manifest.read(state)["settings"] == row.settings(self.protocol)
+        except UserError:
+            return False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 where a row failed, 2 for a wrong option."""
+    options = _parser().parse_args(arguments)
+    names = options.rows.split(",") if options.rows else list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        print(f"there is no row {unknown[0]!r}: choose among {', '.join(ROWS)}.", file=sys.stderr)
+        return 2
+    if options.lr and not options.validate:
+        print("--lr tunes a row, and rows are tuned on validation windows: add --validate.", file=sys.stderr)
+        return 2
+    rows = [ROWS[name] for name in names]
+    try:
+        rows = [row.at_rate(float(lr)) for row in rows for lr in options.lr.split(",")] if options.lr else rows
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.list:
+        for row in rows:
+            print(f"{row.name:24} {row.label}")
+        return 0
+
+    protocol = Protocol.read(options.protocol) if options.protocol else Protocol()
+    suffix = "-validation" if options.validate else ""
+    out = options.out or results.FOLDER / f"quality-{protocol.name}{suffix}.json"
+    bench = Bench(protocol, Store(out), options.cache or demo.cache_dir() / "bench", options.validate)
+    failed = []
+    for row in rows:
+        try:
+            if not bench.run(row, options.redo):
+                print(f"{row.name}: already there", file=sys.stderr)
+        except subprocess.CalledProcessError:
+            failed.append(row.name)
+    if found := bench.store.rows():
+        console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+        console.print(report.table(found))
+        print(report.markdown(found))
+        report.picture(found, out.with_suffix(".png"))
+        print(f"{len(found)} rows are in {out}, their picture beside it", file=sys.stderr)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality",
+        description=__doc__,
+        epilog="example: python -m bench.quality --rows dense,wanda-2:4",
+    )
+    parser.add_argument("--rows", help="these rows only, separated by commas (see --list)")
+    parser.add_argument("--list", action="store_true", help="list the rows, and run nothing")
+    parser.add_argument("--redo", action="store_true", help="measure rows again that are already there")
+    parser.add_argument("--validate", action="store_true", help="judge on validation windows, into a file of its own")
+    parser.add_argument("--lr", help="with --validate: other rates of the last training stage, separated by commas")
+    parser.add_argument(
+        "--protocol", type=Path, help="JSON file with fields of another protocol (bench/quality/protocol.py)"
+    )
+    parser.add_argument("--out", type=Path, help="results file (default: bench/results/quality-PROTOCOL.json)")
+    parser.add_argument(
+        "--cache", type=Path, help="where models that other rows continue are kept (default: perp's cache)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

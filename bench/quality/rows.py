@@ -1,0 +1,144 @@
+"""What is compared: one row per method, and beside it the anchor to match or beat.
+
+An anchor is the figure of a reference implementation (one-shot rows) or of the published definition (recovery rows)
+under the same protocol, on two CPU cores in fp32; its seconds are orders of size.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from bench.quality.protocol import Protocol
+
+
+@dataclass(frozen=True)
+class Anchor:
+    wiki: float
+    sotu: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """Which parts are trained, at which peak learning rate."""
+
+    parts: tuple[str, ...]
+    lr: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: pruned (`method` at `pattern`), its units reconstructed, then retrained; each of these or not.
+
+    start: the row whose model this one continues, instead of the dense model.
+    """
+
+    name: str
+    label: str
+    method: str | None = None
+    pattern: str | None = None
+    granularity: str = "half-block"
+    reconstruct: Training | None = None
+    retrain: Training | None = None
+    start: str | None = None
+    anchor: Anchor | None = None
+
+    def at_rate(self, lr: float) -> Row:
+        """This row with another rate in its last training stage, under a name of its own."""
+        stage = "retrain" if self.retrain else "reconstruct"
+        training = getattr(self, stage)
+        if training is None:
+            raise ValueError(f"{self.name} trains nothing, so that it has no learning rate to set.")
+        changed = replace(training, lr=lr)
+        return replace(
+            self, name=f"{self.name}@{lr:g}", label=f"{self.label}, lr {lr:g}", **{stage: changed}, anchor=None
+        )
+
+    def settings(self, protocol: Protocol) -> dict[str, Any]:
+        """All that the row's model depends on, as JSON holds it."""
+        return json.loads(json.dumps({**self._choices(), "protocol": asdict(protocol)}))
+
+    def _choices(self) -> dict[str, Any]:
+        own = asdict(self)
+        for described in ("name", "label", "anchor"):
+            del own[described]
+        return {**own, "start": ROWS[self.start]._choices() if self.start else None}
+
+
+KEPT_AND_NORMS, MASK_LORA, NORMS = ("kept", "norms"), ("mask_lora",), ("norms",)
+WANDA_24 = "wanda-2:4"
+
+_ALL = (
+    Row("dense", "dense", anchor=Anchor(13.188, 20.889, 0)),
+    Row(
+        "dense-mask-lora",
+        "dense, MaskLoRA r=16 trained",
+        retrain=Training(MASK_LORA, 1e-3),
+        anchor=Anchor(10.382, 20.442, 999),
+    ),
+    Row("magnitude-50", "magnitude 50 %", "magnitude", "0.5", anchor=Anchor(339.038, 401.114, 38)),
+    Row("wanda-50", "Wanda 50 %", "wanda", "0.5", anchor=Anchor(32.309, 45.042, 74)),
+    Row("sparsegpt-50", "SparseGPT 50 %", "sparsegpt", "0.5", anchor=Anchor(26.332, 41.799, 137)),
+    Row(
+        "wanda-50-half",
+        "Wanda 50 % + half-block reconstruction",
+        "wanda",
+        "0.5",
+        reconstruct=Training(KEPT_AND_NORMS, 1e-4),
+        anchor=Anchor(28.962, 43.486, 470),
+    ),
+    Row(
+        "magnitude-50-half",
+        "magnitude 50 % + half-block reconstruction",
+        "magnitude",
+        "0.5",
+        reconstruct=Training(KEPT_AND_NORMS, 1e-4),
+        anchor=Anchor(145.451, 208.751, 398),
+    ),
+    Row("wanda-60", "Wanda 60 %", "wanda", "0.6", anchor=Anchor(90.296, 115.054, 71)),
+    Row(WANDA_24, "Wanda 2:4", "wanda", "2:4", anchor=Anchor(121.0, 162.596, 74)),
+    Row("sparsegpt-2:4", "SparseGPT 2:4", "sparsegpt", "2:4", anchor=Anchor(50.407, 94.841, 120)),
+    Row(
+        "wanda-2:4-half",
+        "Wanda 2:4 + half-block reconstruction",
+        "wanda",
+        "2:4",
+        reconstruct=Training(KEPT_AND_NORMS, 1e-4),
+        anchor=Anchor(90.444, 140.12, 440),
+    ),
+    Row(
+        "wanda-2:4-block-1e-3",
+        "Wanda 2:4 + block MaskLoRA reconstruction, lr 1e-3",
+        "wanda",
+        "2:4",
+        granularity="block",
+        reconstruct=Training(MASK_LORA, 1e-3),
+        anchor=Anchor(60.634, 98.441, 411),
+    ),
+    Row(
+        "wanda-2:4-block-5e-3",
+        "Wanda 2:4 + block MaskLoRA reconstruction, lr 5e-3",
+        "wanda",
+        "2:4",
+        granularity="block",
+        reconstruct=Training(MASK_LORA, 5e-3),
+        anchor=Anchor(48.055, 86.601, 384),
+    ),
+    Row(
+        "wanda-2:4-norms",
+        "Wanda 2:4 + norms retrained",
+        retrain=Training(NORMS, 1e-3),
+        start=WANDA_24,
+        anchor=Anchor(40.261, 64.457, 808),
+    ),
+    Row(
+        "wanda-2:4-mask-lora",
+        "Wanda 2:4 + MaskLoRA r=16 retrained",
+        retrain=Training(MASK_LORA, 1e-3),
+        start=WANDA_24,
+        anchor=Anchor(29.861, 55.075, 934),
+    ),
+)
+ROWS = {row.name: row for row in _ALL}

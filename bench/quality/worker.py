@@ -1,0 +1,136 @@
+"""One row in a process of its own, so that its peak memory is its own: `python -m bench.quality.worker JOB.json`.
+
+The job names the row, the protocol and the files; the result is written into the job's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import perp
+from bench.quality.protocol import Protocol
+from bench.quality.rows import Row, Training
+from bench.results import write_json
+from perp import machine, manifest
+from perp.blocks import find_blocks, prunable
+from perp.progress import Progress, choose
+
+CALIBRATION_SEED, TRAINING_SEED = 0, 1
+STAGES = "all stages"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to run; start and save are the directories of the model it continues and of the one it leaves, if any."""
+
+    row: Row
+    protocol: Protocol
+    validate: bool
+    start: Path | None
+    save: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "start": self.start and str(self.start), "save": self.save and str(self.save)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Job:
+        row = dict(content["row"], anchor=None)
+        for stage in ("reconstruct", "retrain"):
+            if row[stage]:
+                row[stage] = Training(tuple(row[stage]["parts"]), row[stage]["lr"])
+        return cls(
+            Row(**row),
+            Protocol(**content["protocol"]),
+            content["validate"],
+            content["start"] and Path(content["start"]),
+            content["save"] and Path(content["save"]),
+        )
+
+
+def execute(job: Job, progress: Progress) -> dict[str, Any]:
+    """Makes the row's model and judges it: perplexity by text, zeros and trained share, seconds, peak bytes."""
+    row, protocol = job.row, job.protocol
+    model, tokenizer = perp.load(str(job.start) if job.start else protocol.model)
+    masks = perp.load_masks(job.start) if job.start else {}
+    windows = protocol.training_windows(tokenizer)
+    judged = protocol.judged_windows(tokenizer, job.validate)
+    trained = 0.0
+
+    started = time.monotonic()
+    if row.method:
+        masks = perp.prune_model(
+            model,
+            perp.sample(windows, protocol.windows, CALIBRATION_SEED),
+            row.method,
+            row.pattern,
+            reconstruct=row.reconstruct
+            and perp.ReconstructSettings(parts=set(row.reconstruct.parts), lr=row.reconstruct.lr),
+            granularity=row.granularity,
+            progress=progress,
+        ).masks
+    if row.retrain:
+        perp.swap_linears(model, masks or _everything(model))
+        settings = perp.RetrainSettings(
+            parts=set(row.retrain.parts),
+            lr=row.retrain.lr,
+            steps=protocol.steps,
+            batch=protocol.batch,
+            seed=TRAINING_SEED,
+        )
+        perp.retrain_model(model, windows, settings, progress)
+        counted, total = perp.count_trainable(model)
+        trained = counted / total
+        perp.merge(model)
+        perp.unswap(model)
+    seconds = time.monotonic() - started + (manifest.read(job.start)["seconds"][STAGES] if job.start else 0.0)
+
+    perplexity = {}
+    for name, chosen in judged.items():
+        progress.stage(f"perplexity {name}", len(chosen))
+        perplexity[name] = perp.perplexity(model, chosen, progress)
+        progress.done()
+    if job.save:
+        saved = manifest.build(
+            method=row.method or "none",
+            pattern=row.pattern or "none",
+            masks=masks,
+            data=perp.documents(protocol.text).identity,
+            seeds={"calibration": CALIBRATION_SEED, "training": TRAINING_SEED},
+            settings=row.settings(protocol),
+            seconds={STAGES: seconds},
+        )
+        perp.save(model, tokenizer, job.save, masks, saved, overwrite=True)
+    weights = [linear.weight.detach() for linear in _linears(model).values()]
+    return {
+        "perplexity": perplexity,
+        "zeros": sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights),
+        "trained": trained,
+        "seconds": seconds,
+        "peak_bytes": round(machine.peak() * 1e9),
+    }
+
+
+def _linears(model: Any) -> dict[str, torch.nn.Linear]:
+    name, blocks = find_blocks(model)
+    return {key: linear for i, block in enumerate(blocks) for key, linear in prunable(block, f"{name}.{i}").items()}
+
+
+def _everything(model: Any) -> dict[str, torch.Tensor]:
+    """Masks that keep every weight: under them mask_lora is plain LoRA."""
+    return {name: torch.ones_like(linear.weight, dtype=torch.bool) for name, linear in _linears(model).items()}
+
+
+def main(path: Path) -> None:
+    job = Job.from_json(json.loads(path.read_text()))
+    write_json(path.with_name("result.json"), execute(job, choose()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
