@@ -52,10 +52,11 @@ _MODEL_FILES = (
 )
 
 
-def check_output(out: str | Path, overwrite: bool = False) -> None:
+def check_output(out: str | Path, overwrite: bool = False, needed: int = 0) -> None:
     """Refuse, before any work, an output directory that could not be written at the end: UserError, one sentence.
 
-    It must be absent or empty, unless `overwrite`; what a killed save left behind counts as empty.
+    It must be absent or empty, unless `overwrite`, and have room for `needed` bytes. What a killed save left behind
+    counts as empty.
     """
     out = Path(out)
     try:
@@ -67,9 +68,19 @@ def check_output(out: str | Path, overwrite: bool = False) -> None:
         if nearest == out and not overwrite and not _is_empty(out):
             raise UserError(f"{out} is not empty; choose another output directory or pass --overwrite.")
         with tempfile.TemporaryFile(dir=nearest):
-            pass
+            free = shutil.disk_usage(nearest).free
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); choose another output directory.") from error
+    if free < needed:
+        raise UserError(
+            f"{out} needs {needed / 1e9:.3g} GB but its disk has {free / 1e9:.3g} GB free; "
+            "make room or choose another output directory."
+        )
+
+
+def size(model: nn.Module) -> int:
+    """The bytes of a model's weights on the disk."""
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def save(
@@ -88,7 +99,7 @@ def save(
     failure, Ctrl-C included, `out` is as it was. UserError for all that is refused and for what the disk refuses.
     """
     out = Path(out)
-    check_output(out, overwrite)
+    check_output(out, overwrite, size(model))
     _check_model(model, masks, manifest)
     created = [path for path in (out / "perp", out, *out.absolute().parents) if not path.exists()]
     staging = out / STAGING
@@ -104,7 +115,7 @@ def save(
         _move_into_place(new, staging / "old", out)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{out} could not be written ({error}); nothing was left there, free space and repeat."
+            f"{out} could not be written ({error}) and nothing was left there; make room or choose another directory."
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -190,7 +201,12 @@ def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
             generation.do_sample = True
     with quiet():
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        try:
+            tokenizer.save_pretrained(directory)
+        except Exception as error:
+            if type(error) is Exception:  # what the tokenizers' own code raises when a write fails
+                raise OSError(str(error)) from error
+            raise
 
 
 def _write_masks(masks: Mapping[str, Tensor], path: Path) -> None:
@@ -213,12 +229,12 @@ def _move_into_place(new: Path, old: Path, out: Path) -> None:
 
     config.json is the first to go and the last to come: no loader sees a mixture of two models.
     """
-    moved: list[tuple[Path, Path]] = []
+    moves: list[tuple[Path, Path]] = []
 
     def move(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
+        moves.append((source, target))  # before it happens: an interruption may fall between the two
         source.replace(target)
-        moved.append((source, target))
 
     incoming = [file.relative_to(new) for file in sorted(new.rglob("*")) if file.is_file()]
     outgoing = {*_model_files(out), *(out / name for name in incoming if (out / name).is_file())}
@@ -227,8 +243,10 @@ def _move_into_place(new: Path, old: Path, out: Path) -> None:
             move(file, old / file.relative_to(out))
         for name in sorted(incoming, key=lambda file: file.name == "config.json"):
             move(new / name, out / name)
+        for directory in {target.parent for _, target in moves}:
+            _flush(directory)
     except BaseException:
-        for source, target in reversed(moved):
-            target.replace(source)
+        for source, target in reversed(moves):
+            if not source.exists():
+                target.replace(source)
         raise
-    _flush(out)

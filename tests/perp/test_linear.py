@@ -237,6 +237,13 @@ def test_bad_masks_are_refused_before_anything_is_replaced() -> None:
         assert not any(isinstance(module, SparseLinear) for module in net.modules())
 
 
+def test_a_layer_in_two_places_is_refused() -> None:
+    net = Net()
+    net.layers[2][0] = net.layers[1][0]
+    with pytest.raises(UserError, match=r"layers\.1\.0 is tied to another module"):
+        swap_linears(net, {"layers.1.0": torch.ones(32, 16, dtype=torch.bool)})
+
+
 def test_unswap_refuses_unmerged_adapters() -> None:
     net = Net()
     swap_linears(net, masks_of(net))
