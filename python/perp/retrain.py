@@ -30,21 +30,29 @@ PROBE = 8
 class RetrainSettings:
     """What is trained and how long.
 
-    `parts`: see `perp.adapters.select_trainable`. A step takes `batch` windows, computed `micro_batch` at a time.
-    `checkpointing` recomputes each block's activations in the backward pass instead of keeping them, where the model
-    offers it. `seed` draws the order of the windows, the adapters' start and, where the model has it, dropout.
+    `parts`: see `perp.adapters.select_trainable`. `lr` None: the rate that suits the parts. A step takes `batch`
+    windows, computed `micro_batch` at a time, with the same gradient. `checkpointing` recomputes each block's
+    activations in the backward pass instead of keeping them, where the model offers it. `seed` draws the order of the
+    windows, the adapters' start and, where the model has it, dropout.
     """
 
     parts: Collection[str] = ("mask_lora", "norms")
     steps: int = 64
     batch: int = 4
-    lr: float = 1e-3
+    lr: float | None = None
     warmup: float = 0.1
     r: int = 16
     alpha: float = 32
     seed: int = 1
     checkpointing: bool = True
     micro_batch: int = 1
+
+    @property
+    def rate(self) -> float:
+        """`lr`, or the default for these parts."""
+        if self.lr is not None:
+            return self.lr
+        return 1e-4 if "kept" in self.parts else 1e-3
 
 
 def retrain(
@@ -62,7 +70,7 @@ def retrain(
     if "mask_lora" in settings.parts and not _has_adapters(model):
         attach(model, "mask_lora", settings.r, settings.alpha, settings.seed)
     parameters = select_trainable(model, settings.parts)
-    optimiser = AdamW(parameters, settings.lr, settings.steps, settings.warmup, dtype=model.dtype)
+    optimiser = AdamW(parameters, settings.rate, settings.steps, settings.warmup, dtype=model.dtype)
     loss = WindowLoss(model)
     losses: list[float] = []
     progress.stage("retrain", settings.steps)
