@@ -77,6 +77,16 @@ def test_an_infinite_product_stays_out_of_pruned_weights(layout: str) -> None:
     torch.testing.assert_close(y, F.linear(normal(3, 8), weight * torch.where(mask, B @ A, 0)))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_overflow_at_a_pruned_weight_stays_out_of_the_gradients(layout: str) -> None:
+    _, mask, w = random_weight((6, 8), layout)
+    row, column = (~mask).nonzero()[0].tolist()
+    x, grad_y = torch.zeros(3, 8), torch.zeros(3, 6)
+    x[0, column] = grad_y[0, row] = 1e30
+    grads = gradients(lambda A, B: scale_lora_linear(x, w, A, B), [normal(2, 8), normal(6, 2)], grad_y)[1:]
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_only_what_is_asked_for() -> None:
     _, _, w = random_weight((20, 24), "bitmap")
     arguments, grad_y = [normal(4, 24), normal(3, 24), normal(20, 3), normal(20)], normal(4, 20)
