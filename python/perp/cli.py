@@ -170,6 +170,14 @@ def run(
         float | None,
         option("--lr", help="Learning rate of retraining.", panel=RECOVERY, metavar="LR", show_default="by its parts"),
     ] = None,
+    checkpointing: Annotated[
+        bool,
+        option(
+            "--checkpointing/--no-checkpointing",
+            help="Recompute activations in retraining: a third more time, far less memory.",
+            panel=RECOVERY,
+        ),
+    ] = True,
     rank: Annotated[int, count("--rank", help="Rank of the adapters.", panel=RECOVERY)] = 16,
     alpha: Annotated[
         float, option("--alpha", help="Adapters are scaled by alpha / rank.", panel=RECOVERY, metavar="X")
@@ -225,6 +233,7 @@ def run(
         retrain_lr=lr,
         steps=steps,
         batch=batch,
+        checkpointing=checkpointing,
         rank=rank,
         alpha=alpha,
         data=data,
@@ -296,7 +305,7 @@ def eval(
     device = machine.find_device(device)
     machine.check_dtype(dtype)
     if tasks is not None:
-        evaluate.check_tasks()
+        evaluate.check_tasks(_list(tasks))
     models.check_model(model, trust_remote_code)
     texts = evaluate.read_texts(data or ["demo"], part) if tasks is None else {}
     subject, tokenizer = models.load(model, dtype, device, trust_remote_code)

@@ -94,23 +94,27 @@ def on_texts(
     return found
 
 
-def check_tasks() -> None:
-    """Refuse tasks where lm_eval is not installed."""
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse tasks that lm_eval does not have, or all where it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("judging on tasks needs lm_eval: pip install 'perp[tasks]'.")
+    from lm_eval.tasks import TaskManager
+
+    if unknown := sorted(set(tasks) - set(TaskManager().all_tasks)):
+        raise UserError(f"lm_eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists those it has.")
 
 
 def on_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None = None) -> dict[str, float]:
     """What lm_eval measures on its tasks, "task metric" -> value, on the first `limit` examples (None: all)."""
-    check_tasks()
+    check_tasks(tasks)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    known = lm_eval.tasks.TaskManager()
-    if unknown := sorted(set(tasks) - set(known.all_tasks)):
-        raise UserError(f"lm_eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists those it has.")
     subject = HFLM(pretrained=model, tokenizer=tokenizer)
-    results = lm_eval.simple_evaluate(subject, tasks=list(tasks), limit=limit, task_manager=known)["results"]
+    try:
+        results = lm_eval.simple_evaluate(subject, tasks=list(tasks), limit=limit)["results"]
+    except OSError as error:
+        raise UserError(f"the data of {', '.join(tasks)} cannot be loaded ({error}); check the network.") from error
     return {
         f"{task} {metric.removesuffix(',none')}": value
         for task, measured in results.items()

@@ -56,6 +56,7 @@ class RunSettings:
     retrain_lr: float | None = None
     steps: int = 64
     batch: int = 4
+    checkpointing: bool = True
     rank: int = 16
     alpha: float = 32.0
     data: str = "demo"
@@ -142,6 +143,7 @@ def _retrain_settings(settings: RunSettings) -> RetrainSettings:
         parts=settings.retrain,
         steps=settings.steps,
         batch=settings.batch,
+        checkpointing=settings.checkpointing,
         r=settings.rank,
         alpha=settings.alpha,
         seed=settings.seed + 1,
@@ -325,6 +327,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> list[Report]:
             epochs=2,
             steps=DEMO_STEPS,
             batch=1,
+            checkpointing=False,
             windows=16,
             seqlen=512,
             eval_windows=8,
