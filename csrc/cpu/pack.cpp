@@ -312,4 +312,14 @@ std::int64_t positions_to_bits(const Bits& positions, std::uint8_t* bits) {
   return translate(positions, bits, kBitsOfPositions, kMaskOfNibble);
 }
 
+std::int64_t first_bad_positions(const Bits& positions) {
+  const std::int64_t width = positions.bytes_per_row(), whole = positions.columns / 8;
+  return find_row(positions.rows, row_grain(positions.columns, 1), [&](std::int64_t r) {
+    const std::uint8_t* row = positions.row(r);
+    bool bad = whole < width && (row[whole] > 15 || kMaskOfNibble[row[whole]] == kInvalid);
+    for (std::int64_t i = 0; i < whole; ++i) bad |= kBitsOfPositions[row[i]] == kInvalid;
+    return bad;
+  });
+}
+
 }  // namespace perp

@@ -55,4 +55,7 @@ std::int64_t bits_to_positions(const Bits& bits, std::uint8_t* positions);
 // The inverse: bits <- semi24 nibbles. Returns the first row with a nibble that no pair of positions gives, else kNoRow.
 std::int64_t positions_to_bits(const Bits& positions, std::uint8_t* bits);
 
+// The first row for which positions_to_bits would fail, else kNoRow.
+std::int64_t first_bad_positions(const Bits& positions);
+
 }  // namespace perp

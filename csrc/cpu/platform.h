@@ -9,8 +9,8 @@
 #include <immintrin.h>
 // Compiles one function for AVX-512 while the file around it stays baseline x86-64. One set of extensions for all
 // kernels: F/BW/VL/DQ are the common base, VBMI2 has 16-bit expand and compress, BF16 the bf16 dot product, and every CPU with
-// the last two (Ice Lake had no BF16; Cooper Lake no VBMI2) is Zen 4 or Sapphire Rapids or newer.
-#define PERP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,bmi2,popcnt,fma")))
+// these two (Ice Lake had no BF16; Cooper Lake no VBMI2) is Zen 4 or Sapphire Rapids or newer.
+#define PERP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,bmi2,popcnt,fma,f16c")))
 #else
 #define PERP_X86 0
 #endif
