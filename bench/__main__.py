@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import machine, registry, results, table
+from bench import limits, machine, registry, results, table
 from bench.measure import measure
 from bench.registry import Case
 from bench.timing import Effort
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.write(out, results.merge(results.read(out), rows))
         for shown in table.tables(rows):
             console.print(shown)
+    computing = {case.dtype: None for name in chosen for case in cases[name] if case.work.flops}
+    console.print(f"Limits are those of {limits.described(computing)}.")
     if not options.verify:
         console.print("Ratios are printed only with --verify, which runs each op's tests first.")
     if out:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -20,6 +20,14 @@ def milliseconds(work: Work, dtype: torch.dtype) -> float:
     moving = work.bytes / read_bandwidth()
     computing = work.flops / matrix_rate(dtype) if work.flops else 0.0
     return 1e3 * max(moving, computing)
+
+
+def described(dtypes: Iterable[torch.dtype]) -> str:
+    """The measured figures behind the limits, in words."""
+    rates = [
+        f"{matrix_rate(dtype) / 1e9:.0f} GFLOP/s in {str(dtype).removeprefix('torch.')} products" for dtype in dtypes
+    ]
+    return ", ".join([f"{read_bandwidth() / 1e9:.1f} GB/s read", *rates])
 
 
 def read_bandwidth() -> float:

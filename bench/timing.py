@@ -17,7 +17,7 @@ from bench.registry import Arguments, Contestant
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 FALLBACK_CACHE_BYTES = 32 << 20
-"""Assumed where the system does not say: no smaller than what most servers give one core's share of."""
+"""Assumed where the system does not say."""
 
 
 def last_level_cache_bytes(caches: Path = CACHES) -> int:
@@ -41,8 +41,10 @@ def sets_needed(bytes_touched: int, contestants: int, cache_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Effort:
-    """Measure for at least `seconds` and `rounds` rounds, after `warmup` untimed rounds; stop at `most_seconds`, at the
-    earliest after one round."""
+    """Measure for `seconds` and `rounds` rounds at least, after `warmup` untimed ones.
+
+    Past `most_seconds` the round in hand is the last.
+    """
 
     seconds: float = 1.0
     rounds: int = 7

@@ -93,21 +93,21 @@ def case(T: int, N: int, K: int, dtype: torch.dtype, layout: str = "dense", quic
     weight = N * K * item if layout == "dense" else N * K * item // 2
     passes = weight + N * K // 8 + T * (N + K) * item
     adapters = RANK * (N + K) * 4
-    contestants = {"ours": forward_backward(ours), PUBLISHED: forward_backward(published)}
+    ours_run, published_run = forward_backward(ours), forward_backward(published)
     return Case(
         op="masked_lora_linear",
         shape=f"T={T} N={N} K={K} r={RANK} pattern={PATTERN} layout={layout}",
         dtype=dtype,
         make=make(T, N, K, dtype, layout, 1),
-        ours=contestants["ours"],
-        peers={PUBLISHED: contestants[PUBLISHED]},
+        ours=ours_run,
+        peers={PUBLISHED: published_run},
         # Both passes read the weight, the adapters and x or g; three products: y, the gradients of x and of W.
         work=Work(bytes=2 * passes + T * K * item + 3 * adapters, flops=6 * T * N * K),
         check=check,
         memory=Memory(
             make=make(T, N, K, dtype, layout, LAYERS),
-            ours=contestants["ours"],
-            peers={PUBLISHED: contestants[PUBLISHED]},
+            ours=ours_run,
+            peers={PUBLISHED: published_run},
             target=Target(PUBLISHED, 1 / 4),
         ),
         quick=quick,

@@ -15,7 +15,7 @@ OURS, ANCHOR = "#0072B2", "#D55E00"
 
 def columns(judged: Sequence[str]) -> list[str]:
     perplexity = [title for text in judged for title in (text, "anchor", "change")]
-    return ["row", *perplexity, "zeros", "trained", "seconds", "anchor", "peak memory"]
+    return ["row", *perplexity, "zeros", "retrained", "seconds", "anchor", "peak memory"]
 
 
 def cells(row: Mapping[str, Any], judged: Sequence[str]) -> list[str]:
@@ -26,7 +26,7 @@ def cells(row: Mapping[str, Any], judged: Sequence[str]) -> list[str]:
         ours, theirs = row["perplexity"].get(text), anchor.get(text)
         shown += [_number(ours), _number(theirs), f"{100 * (ours / theirs - 1):+.1f} %" if ours and theirs else ""]
     seconds = anchor.get("seconds")
-    shown += [f"{100 * row['zeros']:.2f} %", f"{100 * row['trained']:.2g} %" if row["trained"] else ""]
+    shown += [f"{100 * row['zeros']:.2f} %", f"{100 * row['retrained']:.2g} %" if row["retrained"] else ""]
     return [
         *shown,
         f"{row['seconds']:.0f}",

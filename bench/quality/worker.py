@@ -19,7 +19,7 @@ from bench.quality.protocol import Protocol
 from bench.quality.rows import Row, Training
 from bench.results import write_json
 from perp import machine, manifest
-from perp.blocks import find_blocks, prunable
+from perp.blocks import all_prunable
 from perp.progress import Progress, choose
 
 CALIBRATION_SEED, TRAINING_SEED = 0, 1
@@ -55,13 +55,17 @@ class Job:
 
 
 def execute(job: Job, progress: Progress) -> dict[str, Any]:
-    """Makes the row's model and judges it: perplexity by text, zeros and trained share, seconds, peak bytes."""
+    """Makes the row's model and judges it.
+
+    Returns perplexity by text; the shares of zeros (of the prunable weights) and of retrained parameters (of all);
+    seconds of pruning, reconstruction and retraining, the start's included; the process's peak bytes.
+    """
     row, protocol = job.row, job.protocol
     model, tokenizer = perp.load(str(job.start) if job.start else protocol.model)
     masks = perp.load_masks(job.start) if job.start else {}
     windows = protocol.training_windows(tokenizer)
     judged = protocol.judged_windows(tokenizer, job.validate)
-    trained = 0.0
+    retrained = 0.0
 
     started = time.monotonic()
     if row.method:
@@ -85,8 +89,8 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
             seed=TRAINING_SEED,
         )
         perp.retrain_model(model, windows, settings, progress)
-        counted, total = perp.count_trainable(model)
-        trained = counted / total
+        trained, total = perp.count_trainable(model)
+        retrained = trained / total
         perp.merge(model)
         perp.unswap(model)
     seconds = time.monotonic() - started + (manifest.read(job.start)["seconds"][STAGES] if job.start else 0.0)
@@ -107,24 +111,19 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
             seconds={STAGES: seconds},
         )
         perp.save(model, tokenizer, job.save, masks, saved, overwrite=True)
-    weights = [linear.weight.detach() for linear in _linears(model).values()]
+    weights = [linear.weight.detach() for linear in all_prunable(model).values()]
     return {
         "perplexity": perplexity,
         "zeros": sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights),
-        "trained": trained,
+        "retrained": retrained,
         "seconds": seconds,
         "peak_bytes": round(machine.peak() * 1e9),
     }
 
 
-def _linears(model: Any) -> dict[str, torch.nn.Linear]:
-    name, blocks = find_blocks(model)
-    return {key: linear for i, block in enumerate(blocks) for key, linear in prunable(block, f"{name}.{i}").items()}
-
-
 def _everything(model: Any) -> dict[str, torch.Tensor]:
     """Masks that keep every weight: under them mask_lora is plain LoRA."""
-    return {name: torch.ones_like(linear.weight, dtype=torch.bool) for name, linear in _linears(model).items()}
+    return {name: torch.ones_like(linear.weight, dtype=torch.bool) for name, linear in all_prunable(model).items()}
 
 
 def main(path: Path) -> None:
