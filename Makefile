@@ -28,6 +28,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# AddressSanitizer and UBSan under the tests of the native kernels, in a build of their own.
+sanitize: install
+	csrc/sanitize.sh
+
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
