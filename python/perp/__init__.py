@@ -32,7 +32,7 @@ _PUBLIC = {
     "retrain_model": "perp.retrain:retrain",
     "save": "perp.checkpoints:save",
     "load_masks": "perp.checkpoints:load_masks",
-    "RunSettings": "perp.run:RunSettings",
+    "RunSettings": "perp.settings:RunSettings",
     "run_job": "perp.run:run",
     "UserError": "perp.errors:UserError",
 }

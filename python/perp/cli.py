@@ -1,18 +1,12 @@
-"""The command line: options, their help, and the one place where errors become sentences and exit codes.
+"""The command line: commands, their options and their help.
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 import inspect
-import logging
-import signal
-import sys
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +16,10 @@ import typer
 from rich.console import Console
 
 import perp
-from perp.errors import UserError
+from perp import boundary
 
 if TYPE_CHECKING:
     from perp.report import Report
-
-BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 
 app = typer.Typer(
     name="perp",
@@ -87,7 +79,7 @@ def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def guarded(*arguments: Any, **options: Any) -> None:
-            with _boundary():
+            with boundary.command():
                 function(*arguments, **options)
 
         # The help wraps by itself: each paragraph of the docstring becomes one line.
@@ -217,10 +209,10 @@ def run(
     --out becomes an ordinary Hugging Face directory with exact zeros where weights were pruned: any tool loads it
     without perp. Its perp.json tells how it was made. No article that is judged on is calibrated or trained on.
     """
-    from perp.run import RunSettings
     from perp.run import run as run_job
+    from perp.settings import RunSettings
 
-    settings = RunSettings(
+    job = RunSettings(
         model=model,
         out=out,
         pattern=pattern,
@@ -249,7 +241,7 @@ def run(
         overwrite=overwrite,
     )
     with _progress(quiet) as progress:
-        found = run_job(settings, progress)
+        found = run_job(job, progress)
     _show([found], out, out / "perp")
 
 
@@ -371,63 +363,6 @@ def _progress(quiet: bool) -> Iterator[Any]:
         progress.done()
 
 
-@contextmanager
-def _boundary() -> Iterator[None]:
-    """What a user can put right becomes one sentence on standard error; a bug of ours keeps its traceback."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        _fail("interrupted; nothing is left half-written.", _code(interrupt))
-    except UserError as error:
-        _fail(str(error))
-    except ValueError as error:
-        if not _ours(error):
-            raise
-        _fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}.")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        _fail("out of memory; use fewer or shorter windows (--windows, --seqlen) or a smaller --batch.")
-
-
-def _ours(error: BaseException) -> bool:
-    """Whether the kernel package raised it: its ValueErrors are sentences about the input, others' are bugs here."""
-    *_, (last, _) = traceback.walk_tb(error.__traceback__)
-    return last.f_globals.get("__name__", "").partition(".")[0] == "perp_kernels"
-
-
-def _fail(sentence: str, code: int = BAD_INPUT) -> None:
-    # Not through a console: nothing in the sentence is markup, and a pipe gets it on one line.
-    print(f"perp: {sentence}" if sentence.endswith(".") else f"perp: {sentence}.", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
-    print(f"perp: warning: {message}", file=sys.stderr)
-
-
-class _Terminated(KeyboardInterrupt):
-    """A polite kill unwinds like Ctrl-C, so that staged files are removed."""
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
-
-
-def _code(interrupt: KeyboardInterrupt) -> int:
-    return TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
-
-
 def main() -> None:
-    signal.signal(signal.SIGTERM, _terminate)
-    warnings.showwarning = _warn
-    # Every retry of an unreachable hub is a line of its log; the sentence at the end says it once.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
+    with boundary.process():
         app()
-    except KeyboardInterrupt as interrupt:
-        sys.exit(_code(interrupt))

@@ -18,8 +18,8 @@ from perp.errors import UserError
 from perp.progress import duration
 
 ROWS, PICTURE = "report.json", "report.png"
-DENSE, DENSE_RETRAINED = "dense", "dense, retrained"
-PRUNED, RECONSTRUCTED, RETRAINED = "pruned", "+ reconstructed", "+ retrained"
+DENSE, DENSE_RETRAINED = "dense", "dense retrained"
+PRUNED, RECONSTRUCTED, RETRAINED = "pruned", "reconstructed", "retrained"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Row:
     trained: float = 0.0
     seconds: float = 0.0
     memory: float = 0.0
+
+    @property
+    def is_dense(self) -> bool:
+        return self.stage in (DENSE, DENSE_RETRAINED)
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,8 @@ def table(reports: Sequence[Report]) -> Table:
     for report in reports:
         told.add_section()
         for row in (row for row in report.rows if row not in shown):
-            own = row.stage in (DENSE, DENSE_RETRAINED)
             told.add_row(
-                row.stage if own else f"{report.title} {row.stage}",
+                row.stage if row.is_dense else f"{report.title} {row.stage}",
                 *(number(row.perplexity[name]) for name in texts),
                 f"{row.zeros:.2%}",
                 f"{100 * row.trained:.2g}%" if row.trained else "",

@@ -32,17 +32,18 @@ def shown(found: list[Report], width: int = 100) -> list[str]:
 
 
 def line(lines: list[str], name: str) -> list[str]:
-    (found,) = (line for line in lines if f" {name} " in line)
-    return [cell.strip() for cell in found.strip("│").split("│")]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    (found,) = (row for row in cells if row[0] == name)
+    return found
 
 
 def test_the_table_tells_every_row_once_and_fits_a_hundred_columns():
     lines = shown(reports())
     assert max(map(len, lines)) <= 100
     assert line(lines, "dense") == ["dense", "13.188", "20.889", "0.03%", "", "", ""]
-    assert line(lines, "dense, retrained")[4:] == ["3.6%", "1m39s", "4.3 GB"]
+    assert line(lines, "dense retrained")[4:] == ["3.6%", "1m39s", "4.3 GB"]
     assert line(lines, "wanda 0.5 pruned") == ["wanda 0.5 pruned", "121.0", "162.6", "50.00%", "", "37s", "1.6 GB"]
-    assert line(lines, "wanda 2:4 + retrained")[4] == "0.026%"
+    assert line(lines, "wanda 2:4 retrained")[4] == "0.026%"
 
 
 @pytest.mark.parametrize(

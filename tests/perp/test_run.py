@@ -12,7 +12,8 @@ from perp import data, report, run
 from perp.checkpoints import load_masks
 from perp.errors import UserError
 from perp.report import Row
-from perp.run import RunSettings
+from perp.settings import COMPARE, RunSettings
+from perp_kernels import Pattern
 
 from . import tiny
 
@@ -49,7 +50,7 @@ def test_the_rows_follow_what_was_asked_for(settings, tmp_path):
 
 
 def test_every_recovery_keeps_exactly_the_pruned_zeros(settings, tmp_path):
-    found = run.run(replace(settings, pattern="2:4", compare=run.COMPARE, out=tmp_path / "out"))
+    found = run.run(replace(settings, pattern="2:4", compare=COMPARE, out=tmp_path / "out"))
     weights, masks = load_file(tmp_path / "out" / "model.safetensors"), load_masks(tmp_path / "out")
     assert len(masks) == 2 * 7
     for name, mask in masks.items():
@@ -84,7 +85,7 @@ def test_trained_shares_are_counted_from_the_shapes(settings, tmp_path):
 
 def test_the_dense_rows_of_an_earlier_job_are_taken_over(settings, tmp_path):
     known = [Row(report.DENSE, {"articles": 1.5}, 0.0), Row(report.DENSE_RETRAINED, {"articles": 1.25}, 0.0)]
-    found = run.run(replace(settings, retrain=(), compare=run.COMPARE, out=tmp_path / "out"), dense=known)
+    found = run.run(replace(settings, retrain=(), compare=COMPARE, out=tmp_path / "out"), dense=known)
     assert found.rows[:2] == known
     assert [row.stage for row in found.rows[2:]] == [report.PRUNED, report.RECONSTRUCTED]
 
@@ -109,7 +110,7 @@ def test_judged_text_is_never_trained_on(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(
         run, "retrain", lambda m, windows, *a, **k: seen.append(windows) or retrain(m, windows, *a, **k)
     )
-    run.run(replace(settings, compare=run.COMPARE, out=tmp_path / "out"))
+    run.run(replace(settings, compare=COMPARE, out=tmp_path / "out"))
     words = tiny.tokenizer()
     train = data.windows(words, data.split(data.documents(settings.data)).train, 16).tolist()
     assert len(seen) == 4
@@ -147,7 +148,7 @@ def test_the_demo_is_two_jobs_that_share_the_dense_rows(settings, tmp_path, monk
 
     run_job = run.run
     monkeypatch.setattr(run, "run", job)
-    monkeypatch.setattr(run, "check", lambda job: run.Pattern.parse(job.pattern))
+    monkeypatch.setattr(run.settings, "check", lambda job: Pattern.parse(job.pattern))
     first, second = run.run_demo(tmp_path)
     told = [report.DENSE, report.DENSE_RETRAINED, report.PRUNED, report.RECONSTRUCTED, report.RETRAINED]
     assert [row.stage for row in second.rows] == told

@@ -1,0 +1,140 @@
+"""What a job is told, and what is refused before it begins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from perp import checkpoints, machine, manifest, models, pruners
+from perp.adapters import PARTS
+from perp.errors import UserError
+from perp.reconstruct import ReconstructSettings
+from perp.retrain import RetrainSettings
+from perp_kernels import Pattern
+
+RECONSTRUCT = ("none", "half-block", "block")
+COMPARE = ("pruned", "dense-retrained")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One job. `windows` and `seqlen` left at None become 128 x 2048 on a GPU and 32 x 512 on a CPU.
+
+    `retrain` names the parts trained on the language-model loss (empty: none); `compare` the further lines measured:
+    "pruned" (no recovery) and "dense-retrained" (the dense model trained on the same text). Learning rates left at None
+    are those that suit the parts. `data` is judged on its test part, `eval_data` whole.
+    """
+
+    model: str
+    out: Path
+    pattern: str = "0.5"
+    method: str = "wanda"
+    reconstruct: str = "half-block"
+    reconstruct_parts: tuple[str, ...] = ("kept", "norms")
+    reconstruct_lr: float | None = None
+    epochs: int = 3
+    retrain: tuple[str, ...] = ("mask_lora", "norms")
+    retrain_lr: float | None = None
+    steps: int = 64
+    batch: int = 4
+    checkpointing: bool = True
+    rank: int = 16
+    alpha: float = 32.0
+    data: str = "demo"
+    eval_data: tuple[str, ...] = ()
+    windows: int | None = None
+    seqlen: int | None = None
+    eval_windows: int = 32
+    compare: tuple[str, ...] = ("pruned",)
+    seed: int = 0
+    dtype: str | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} {self.pattern}"
+
+    @property
+    def for_reconstruct(self) -> ReconstructSettings | None:
+        if self.reconstruct == "none":
+            return None
+        return ReconstructSettings(
+            parts=self.reconstruct_parts,
+            lr=self.reconstruct_lr,
+            epochs=self.epochs,
+            r=self.rank,
+            alpha=self.alpha,
+            seed=self.seed,
+        )
+
+    @property
+    def for_retrain(self) -> RetrainSettings | None:
+        if not self.retrain:
+            return None
+        return RetrainSettings(
+            parts=self.retrain,
+            lr=self.retrain_lr,
+            steps=self.steps,
+            batch=self.batch,
+            checkpointing=self.checkpointing,
+            r=self.rank,
+            alpha=self.alpha,
+            # Not the seed that drew the calibration windows, so that training does not begin with the very same.
+            seed=self.seed + 1,
+        )
+
+
+def check(settings: RunSettings) -> Pattern:
+    """Refuse what cannot work before any weight or text is read; gives the parsed pattern."""
+    pattern = Pattern.parse(settings.pattern)
+    pruners.get(settings.method)
+    for name, given, known in (
+        ("reconstruct", [settings.reconstruct], RECONSTRUCT),
+        ("reconstruct parts", settings.reconstruct_parts, PARTS),
+        ("retrain", settings.retrain, PARTS),
+        ("compare", settings.compare, COMPARE),
+    ):
+        if unknown := sorted(set(given) - set(known)):
+            raise UserError(f"{name} cannot be {unknown[0]!r}; choose among {', '.join(known)}.")
+    for name in ("windows", "seqlen", "eval_windows", "epochs", "steps", "batch", "rank"):
+        least = 2 if name == "seqlen" else 1
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"{name.replace('_', ' ')} is {value}; it must be at least {least}.")
+    for name in ("reconstruct_lr", "retrain_lr", "alpha"):
+        value = getattr(settings, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name.replace('_lr', ' learning rate')} is {value}; it must be a positive number.")
+    machine.find_device(settings.device)
+    machine.check_dtype(settings.dtype)
+    # Parts that exclude each other are refused by the settings they go to.
+    _ = settings.for_reconstruct, settings.for_retrain
+    checkpoints.check_output(settings.out, settings.overwrite)
+    models.check_model(settings.model, settings.trust_remote_code)
+    return pattern
+
+
+def demo(out: Path) -> list[RunSettings]:
+    """The demo's two jobs, at sizes for two CPU cores, a quarter of an hour and 6 GB; its own older output may go."""
+    places = {pattern: out / f"wanda-{pattern.replace(':', '-')}" for pattern in ("0.5", "2:4")}
+    return [
+        RunSettings(
+            model="demo",
+            out=place,
+            pattern=pattern,
+            epochs=2,
+            steps=20,
+            batch=1,
+            checkpointing=False,
+            windows=16,
+            seqlen=512,
+            eval_windows=8,
+            compare=COMPARE,
+            device="cpu",
+            overwrite=(place / manifest.NAME).exists(),
+        )
+        for pattern, place in places.items()
+    ]
