@@ -1,9 +1,11 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perp_kernels import SparseWeight, pack, sparse_linear
+from perp_kernels import SparseWeight, backend, pack, sparse_linear
 from perp_kernels.ops import _rows
 
 from .oracles import LAYOUTS, assert_no_worse, gradients, normal, random_weight
@@ -11,9 +13,15 @@ from .oracles import LAYOUTS, assert_no_worse, gradients, normal, random_weight
 SIZES = [(1, 4, 1), (7, 20, 9), (33, 72, 70)]
 
 
-@pytest.fixture(params=[2 << 20, 1], ids=["one chunk", "chunks of 16 rows"])
-def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rows, "_CHUNK_BYTES", request.param)
+@pytest.fixture(params=["preferred", "reference", "reference in chunks of 16 rows"])
+def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "preferred":
+        yield
+    else:
+        if "chunks" in request.param:
+            monkeypatch.setattr(_rows, "_CHUNK_BYTES", 1)
+        with backend("reference"):
+            yield
 
 
 def with_values(w: SparseWeight, values: Tensor) -> SparseWeight:
@@ -30,7 +38,7 @@ def stored(dense: Tensor, w: SparseWeight) -> Tensor:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32], ids=["bias", "bias in fp32"])
-def test_error_against_float64(layout, size, dtype, bias_dtype, chunked) -> None:
+def test_error_against_float64(layout, size, dtype, bias_dtype, served) -> None:
     T, K, N = size
     weight, _, w = random_weight((N, K), layout, dtype)
     x, bias, grad_y = normal(T, K, dtype=dtype), normal(N, dtype=bias_dtype or dtype), normal(T, N, dtype=dtype)
