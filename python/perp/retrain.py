@@ -52,7 +52,7 @@ class RetrainSettings:
         """`lr`, or the default for these parts."""
         if self.lr is not None:
             return self.lr
-        return 1e-4 if "kept" in self.parts else 1e-3
+        return 1e-4 if "kept" in self.parts else 2e-3
 
 
 def retrain(
