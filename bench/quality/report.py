@@ -24,7 +24,7 @@ def cells(row: Mapping[str, Any], judged: Sequence[str]) -> list[str]:
     shown = [row["label"]]
     for text in judged:
         ours, theirs = row["perplexity"].get(text), anchor.get(text)
-        shown += [_number(ours), _number(theirs), f"{100 * (ours / theirs - 1):+.1f} %" if ours and theirs else ""]
+        shown += [_number(ours), _number(theirs), _change(ours, theirs)]
     seconds = anchor.get("seconds")
     shown += [f"{100 * row['zeros']:.2f} %", f"{100 * row['retrained']:.2g} %" if row["retrained"] else ""]
     return [
@@ -90,6 +90,11 @@ def picture(rows: Rows, path: Path) -> None:
 
 def _judged(rows: Rows) -> list[str]:
     return list(dict.fromkeys(text for row in rows for text in row["perplexity"]))
+
+
+def _change(ours: float | None, theirs: float | None) -> str:
+    # Adding zero turns a rounded -0.0 into 0.0.
+    return f"{round(100 * (ours / theirs - 1), 1) + 0.0:+.1f} %" if ours and theirs else ""
 
 
 def _number(value: float | None) -> str:
