@@ -23,6 +23,12 @@ from perp.optim import AdamW
 from perp.units import Unit
 
 
+# Of the rates a factor of two or three apart, those with the least error on validation windows after the first three
+# blocks of a model of 135M parameters, at 2:4 and at 50 % (48 steps); norms take the rate of what they train beside.
+_RATES = {"mask_lora": 1e-2, "kept": 3e-3}
+_OTHER_RATE = 5e-3
+
+
 @dataclass(frozen=True)
 class ReconstructSettings:
     """How a unit is fitted.
@@ -59,7 +65,7 @@ class ReconstructSettings:
         """`lr`, or the default for these parts."""
         if self.lr is not None:
             return self.lr
-        return 5e-3 if "mask_lora" in self.parts else 3e-4 if "kept" in self.parts else 1e-3
+        return next((rate for part, rate in _RATES.items() if part in self.parts), _OTHER_RATE)
 
 
 @dataclass(frozen=True)

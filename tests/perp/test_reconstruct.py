@@ -209,6 +209,14 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         ReconstructSettings(**settings)
 
 
+@pytest.mark.parametrize("parts", [("kept", "norms"), ("mask_lora", "norms"), ("mask_lora",), ("norms",), ("biases",)])
+def test_default_rates_serve_every_part(parts):
+    case = Case("opt", 1)
+    losses = case.fit(parts=parts, lr=None)
+    assert losses.after < losses.before
+    assert ReconstructSettings(parts=parts, lr=0.5).rate == 0.5
+
+
 @pytest.mark.parametrize("lr", [0.0, -1.0, math.nan])
 def test_a_rate_that_cannot_work_is_refused_and_nothing_left_swapped(lr):
     case = Case()
