@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from perp.errors import UserError
@@ -57,16 +58,26 @@ class Report:
 def table(reports: Sequence[Report]) -> Table:
     """All rows, a section per report; the dense rows, which reports may share, come once."""
     texts = reports[0].texts
-    told = Table(title="Perplexity, lower is better", title_justify="left", header_style="bold")
+    told = Table(
+        title="Perplexity, lower is better",
+        title_justify="left",
+        caption=_domains(texts),
+        caption_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     told.add_column("model", no_wrap=True)
     for name in texts:
         told.add_column(name, justify="right", style="bold cyan")
-    for name in ("zeros", "trained", "time", "peak memory"):
+    for name in ("zeros", "trained", "time", "memory"):
         told.add_column(name, justify="right")
     shown: list[Row] = []
     for report in reports:
         told.add_section()
-        for row in (row for row in report.rows if row not in shown):
+        for row in report.rows:
+            if row.is_dense and row in shown:
+                continue
             told.add_row(
                 row.stage if row.is_dense else f"{report.title} {row.stage}",
                 *(number(row.perplexity[name]) for name in texts),
@@ -79,9 +90,14 @@ def table(reports: Sequence[Report]) -> Table:
     return told
 
 
+def _domains(texts: Sequence[str]) -> str:
+    told = f"{texts[0]}: held out from the text trained on."
+    return f"{told} {', '.join(texts[1:])}: other text." if texts[1:] else told
+
+
 def pairs(heading: str, values: Mapping[str, float]) -> Table:
     """A column of names under `heading` and one of figures."""
-    told = Table(header_style="bold")
+    told = Table(header_style="bold", box=box.SIMPLE_HEAD)
     told.add_column(heading, no_wrap=True)
     told.add_column("", justify="right", style="bold cyan")
     for name, value in values.items():
@@ -147,6 +163,7 @@ def picture(reports: Sequence[Report], path: Path) -> None:
         panel.set_xlim(min(finite) / 1.8, max(finite) * 1.8)
     panels[0].set_ylim(lines - 0.5, -0.5)
     handles, labels = panels[0].get_legend_handles_labels()
+    labels = [f"{name}, {'out of' if rank else 'in'} domain" for rank, name in enumerate(labels)]
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=10)
     figure.supxlabel("perplexity on held-out text (log scale, lower is better)", fontsize=10, color=_INK)
     figure.savefig(path, dpi=150)

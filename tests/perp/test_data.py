@@ -116,6 +116,20 @@ def test_identity_tells_texts_apart_that_join_alike():
     assert one == Documents("x", ["ab", "c"]).identity
 
 
+@pytest.mark.parametrize(
+    "name, label",
+    [
+        ("demo:wiki", "wiki"),
+        ("/data/c4.v2.jsonl", "c4.v2"),
+        ("texts/", "texts"),
+        ("owner/name/config:test", "config:test"),
+        ("notes.d", "notes.d"),
+    ],
+)
+def test_labels_are_short(name, label):
+    assert Documents(name, []).label == label
+
+
 def test_split_deals_documents_by_their_number():
     texts = [str(number) for number in range(100)]
     parts = split(Documents("x", texts))

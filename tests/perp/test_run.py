@@ -134,6 +134,12 @@ def test_nothing_is_written_where_pruning_fails(settings, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
+def test_fewer_windows_than_asked_for_are_told(settings, tmp_path):
+    plenty = replace(settings, windows=100_000, eval_windows=1, reconstruct="none", method="magnitude", retrain=())
+    with pytest.warns(UserWarning, match=r"the text gives \d+ windows of 16 tokens, fewer than 100000"):
+        run.run(replace(plenty, out=tmp_path / "out"))
+
+
 def test_a_tokenizer_of_another_model_is_refused(settings, tmp_path):
     model = tiny.model_dir(tmp_path)
     tiny.tokenizer(vocabulary=600).save_pretrained(model)
