@@ -87,7 +87,7 @@ _ALL = (
         "Wanda 50 % + half-block reconstruction",
         "wanda",
         "0.5",
-        reconstruct=Training(KEPT_AND_NORMS, 3e-4),
+        reconstruct=Training(KEPT_AND_NORMS, 3e-3),
         anchor=Anchor(28.962, 43.486, 470),
     ),
     Row(
@@ -95,7 +95,7 @@ _ALL = (
         "magnitude 50 % + half-block reconstruction",
         "magnitude",
         "0.5",
-        reconstruct=Training(KEPT_AND_NORMS, 3e-4),
+        reconstruct=Training(KEPT_AND_NORMS, 3e-3),
         anchor=Anchor(145.451, 208.751, 398),
     ),
     Row("wanda-60", "Wanda 60 %", "wanda", "0.6", anchor=Anchor(90.296, 115.054, 71)),
@@ -106,7 +106,7 @@ _ALL = (
         "Wanda 2:4 + half-block reconstruction",
         "wanda",
         "2:4",
-        reconstruct=Training(KEPT_AND_NORMS, 3e-4),
+        reconstruct=Training(KEPT_AND_NORMS, 3e-3),
         anchor=Anchor(90.444, 140.12, 440),
     ),
     Row(
