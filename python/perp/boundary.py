@@ -50,6 +50,10 @@ def process() -> Iterator[None]:
     """Around the whole program: a polite kill unwinds like Ctrl-C, so that staged files are removed."""
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _warn
+    told = logging.StreamHandler()
+    told.setFormatter(logging.Formatter("perp: %(message)s"))
+    logging.getLogger("perp").addHandler(told)
+    logging.getLogger("perp").setLevel(logging.INFO)
     # Every retry of an unreachable hub is a line of its log; the sentence at the end says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:

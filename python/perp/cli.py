@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +147,9 @@ def run(
             "--reconstruct-lr", help="Its learning rate.", panel=RECOVERY, metavar="LR", show_default="by its parts"
         ),
     ] = None,
+    reconstruct_batch: Annotated[
+        int, count("--reconstruct-batch", help="Windows in a step of it.", panel=RECOVERY)
+    ] = 2,
     epochs: Annotated[int, count("--epochs", help="Its passes over the windows.", panel=RECOVERY)] = 3,
     retrain: Annotated[
         str,
@@ -220,6 +224,7 @@ def run(
         reconstruct=reconstruct,
         reconstruct_parts=_list(reconstruct_parts),
         reconstruct_lr=reconstruct_lr,
+        reconstruct_batch=reconstruct_batch,
         epochs=epochs,
         retrain=_list(retrain),
         retrain_lr=lr,
@@ -240,9 +245,10 @@ def run(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
+    started = time.monotonic()
     with _progress(quiet) as progress:
         found = run_job(job, progress)
-    _show([found], out, out / "perp")
+    _show([found], out, out / "perp", started)
 
 
 @command("perp eval runs/smaller --data demo")
@@ -325,9 +331,10 @@ def demo(
     """
     from perp.run import run_demo
 
+    started = time.monotonic()
     with _progress(quiet) as progress:
         reports = run_demo(out, progress)
-    _show(reports, out, out)
+    _show(reports, out, out, started)
 
 
 @command("perp doctor")
@@ -338,13 +345,14 @@ def doctor() -> None:
     Console().print(examine())
 
 
-def _show(reports: Sequence[Report], out: Path, written: Path) -> None:
+def _show(reports: Sequence[Report], out: Path, written: Path, started: float) -> None:
     from perp import report
+    from perp.progress import duration
 
+    drawn = report.PICTURE if (written / report.PICTURE).exists() else report.ROWS
     console = Console()
     console.print(report.table(reports))
-    drawn = report.PICTURE if (written / report.PICTURE).exists() else report.ROWS
-    for line in (f"Saved in {out}", f"Report in {written / drawn}"):
+    for line in (f"{out}: saved after {duration(time.monotonic() - started)}", f"{written / drawn}: the report"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

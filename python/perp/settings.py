@@ -33,6 +33,7 @@ class RunSettings:
     reconstruct: str = "half-block"
     reconstruct_parts: tuple[str, ...] = ("kept", "norms")
     reconstruct_lr: float | None = None
+    reconstruct_batch: int = 2
     epochs: int = 3
     retrain: tuple[str, ...] = ("mask_lora", "norms")
     retrain_lr: float | None = None
@@ -65,6 +66,7 @@ class RunSettings:
             parts=self.reconstruct_parts,
             lr=self.reconstruct_lr,
             epochs=self.epochs,
+            batch=self.reconstruct_batch,
             r=self.rank,
             alpha=self.alpha,
             seed=self.seed,
@@ -99,7 +101,7 @@ def check(settings: RunSettings) -> Pattern:
     ):
         if unknown := sorted(set(given) - set(known)):
             raise UserError(f"{name} cannot be {unknown[0]!r}; choose among {', '.join(known)}.")
-    for name in ("windows", "seqlen", "eval_windows", "epochs", "steps", "batch", "rank"):
+    for name in ("windows", "seqlen", "eval_windows", "epochs", "reconstruct_batch", "steps", "batch", "rank"):
         least = 2 if name == "seqlen" else 1
         value = getattr(settings, name)
         if value is not None and value < least:
@@ -126,7 +128,7 @@ def demo(out: Path) -> list[RunSettings]:
             out=place,
             pattern=pattern,
             epochs=2,
-            steps=20,
+            steps=12,
             batch=1,
             checkpointing=False,
             windows=16,
