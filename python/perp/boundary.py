@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -54,8 +55,9 @@ def process() -> Iterator[None]:
     told.setFormatter(logging.Formatter("perp: %(message)s"))
     logging.getLogger("perp").addHandler(told)
     logging.getLogger("perp").setLevel(logging.INFO)
-    # Every retry of an unreachable hub is a line of its log; the sentence at the end says it once.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # Every retry of an unreachable hub is a line of its log; the sentence at the end says it once. By environment,
+    # since the library sets its logger's level when it is imported, which is later.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         yield
     except KeyboardInterrupt as interrupt:
