@@ -1,4 +1,4 @@
-"""Perplexity by the papers' protocol."""
+"""Judging a model: perplexity by the papers' protocol, or tasks."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ def read_texts(sources: Sequence[str], part: str) -> dict[str, list[str]]:
     for name in [every for source in sources for every in (["demo", "demo:sotu"] if source == "demo" else [source])]:
         source = data.documents(name)
         whole = name == "demo:sotu" or part == "all"
-        label = source.name if source.label in found else source.label
-        found[label if whole else f"{label} ({part})"] = source.texts if whole else data.split(source).part(part)
+        told = "" if whole else f" ({part})"
+        label = source.label if source.label + told not in found else source.name
+        found[label + told] = source.texts if whole else data.split(source).part(part)
     return found
 
 

@@ -10,6 +10,7 @@ from perp import evaluate
 from perp.errors import UserError
 from perp.evaluate import perplexity
 
+from . import tiny
 from .families import FAMILIES, build, windows
 
 
@@ -65,3 +66,23 @@ def test_damaged_weights_are_named(value):
 def test_a_window_needs_a_target():
     with pytest.raises(UserError, match="at least two tokens"):
         perplexity(build("llama"), windows(3, 1))
+
+
+def test_texts_are_told_apart_by_their_full_name_where_labels_are_alike(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+    one, two = tiny.text_file(tmp_path / "a"), tiny.text_file(tmp_path / "b", count=40)
+    texts = evaluate.read_texts([str(one), str(two)], "test")
+    assert list(texts) == ["articles (test)", f"{two} (test)"]
+    assert texts["articles (test)"] == tiny.articles(60)[::20]
+    assert list(evaluate.read_texts([str(one)], "all")["articles"]) == tiny.articles(60)
+    with pytest.raises(UserError, match="choose among test, validation, train, all"):
+        evaluate.read_texts([str(one)], "some")
+
+
+def test_windows_are_no_longer_than_the_model_knows():
+    model = build("llama")
+    assert evaluate.window_length(model, None) == 64
+    assert evaluate.window_length(model, 7) == 7
+    with pytest.raises(UserError, match="at most 64 tokens"):
+        evaluate.window_length(model, 65)
