@@ -79,6 +79,7 @@ class _Job:
         self.model: Any = None
         self.tokenizer: Any = None
         self.load()
+        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model))
         for name, linear in all_prunable(self.model).items():
             pattern.check(linear.in_features, name)
         count = job.windows or machine.usual_sizes(self.device)[0]
