@@ -110,7 +110,11 @@ def save(
         _write_model(model, tokenizer, new)
         _write_masks(masks, new / MASKS)
         manifests.write(manifest, new / manifests.NAME)
+        # safetensors makes its files readable by their owner alone, whatever the umask says.
+        ordinary = (new / manifests.NAME).stat().st_mode
         for path in new.rglob("*"):
+            if path.is_file():
+                path.chmod(ordinary)
             _flush(path)
         _move_into_place(new, staging / "old", out)
     except (OSError, SafetensorError) as error:

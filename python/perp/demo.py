@@ -92,7 +92,10 @@ def model_dir() -> Path:
         staging = Path(tempfile.mkdtemp(prefix=f".{_CONVERTED}-", dir=target.parent))
         try:
             _convert(weights, staging)
+            # mkdtemp and safetensors keep what they make to its owner; the cache is an ordinary directory.
             staging.chmod(0o755)
+            for path in staging.iterdir():
+                path.chmod((staging / "config.json").stat().st_mode)
             # Another process may have finished first; its copy is the same, so keep that one.
             if not target.exists():
                 staging.rename(target)

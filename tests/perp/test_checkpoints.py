@@ -142,6 +142,14 @@ def test_files_and_their_form(tmp_path: Path) -> None:
             assert bool(bits[row, column // 8] >> (column % 8) & 1) == bool(mask[row, column])
 
 
+def test_every_file_is_readable_by_those_whom_the_umask_lets(tmp_path: Path) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    save(tmp_path / "out")
+    modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == {ordinary.stat().st_mode}
+
+
 def test_odd_widths_and_empty_rows_round_trip(tmp_path: Path) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
