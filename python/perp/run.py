@@ -76,8 +76,8 @@ class _Job:
     def __init__(self, job: RunSettings, pattern: Pattern, texts: _Texts, progress: Progress) -> None:
         self.job, self.pattern, self.progress, self.identity = job, pattern, progress, texts.identity
         self.device = job.device or "cpu"
-        self.model: Any = None
-        self.tokenizer: Any = None
+        self.model: Any
+        self.tokenizer: Any
         self.load()
         checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model))
         for name, linear in all_prunable(self.model).items():
