@@ -3,6 +3,7 @@
 Every op runs in plain torch and uses a faster implementation where this machine has one: `active()` tells which.
 """
 
+from perp_kernels import cpu  # registers its implementations
 from perp_kernels.dispatch import active, backend
 from perp_kernels.layouts import SparseWeight, pack
 from perp_kernels.ops.bits import pack_bits, unpack_bits
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "active",
     "backend",
+    "cpu",
     "gram_",
     "masked_lora_linear",
     "pack",

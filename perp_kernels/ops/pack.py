@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perp_kernels import cpu, dispatch
+from perp_kernels import dispatch
 from perp_kernels.ops._rows import clear_pruned_
 from perp_kernels.ops.bits import bits_to_semi24, unpack_mask_rows
 
@@ -30,12 +30,7 @@ def _reference(weight: Tensor, bits: Tensor, layout: str) -> tuple[Tensor, Tenso
     return flat, bits, torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def _cpu_supports(weight: Tensor, bits: Tensor, layout: str) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in cpu.ELEMENTS
-
-
 dispatch.register("pack", "reference", _reference)
-dispatch.register("pack", "cpu", cpu.pack, _cpu_supports, None if cpu.available else cpu.why)
 
 
 def pack(weight: Tensor, bits: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor | None]:

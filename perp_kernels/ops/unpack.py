@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from perp_kernels import cpu, dispatch
 from perp_kernels.ops._library import define
 from perp_kernels.ops._rows import PackedRows
 
@@ -23,11 +22,6 @@ def _fake(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout:
     return values.new_empty([index.shape[0], K])
 
 
-def _cpu_supports(values: Tensor, *_: object) -> bool:
-    return values.device.type == "cpu" and values.dtype in cpu.ELEMENTS
-
-
 unpack = define(
     "unpack(Tensor values, Tensor index, Tensor? row_ptr, SymInt K, str layout) -> Tensor", _reference, _fake
 )
-dispatch.register("unpack", "cpu", cpu.unpack, _cpu_supports, None if cpu.available else cpu.why)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from perp_kernels import cpu
+from perp_kernels.cpu import native
+from perp_kernels.cpu.pack import ELEMENTS, pack, unpack
 
 from .native import PATHS, bits_of, force, needs_native, nm_mask, random_mask, random_weight, same_bits
 
@@ -29,7 +30,7 @@ def dense_of(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
 
 
-@pytest.mark.parametrize("dtype", cpu.ELEMENTS, ids=str)
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bitmap_holds_the_kept_values_in_column_order(path: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     for kept in (0.0, 0.5, 0.9, 1.0):
@@ -37,7 +38,7 @@ def test_bitmap_holds_the_kept_values_in_column_order(path: str, shape: tuple[in
 
 
 def check_bitmap(weight: Tensor, mask: Tensor) -> None:
-    values, index, row_ptr = cpu.pack(weight, bits_of(mask), "bitmap")
+    values, index, row_ptr = pack(weight, bits_of(mask), "bitmap")
     rows = kept_values(weight, mask)
     assert torch.equal(index, bits_of(mask))
     assert same_bits(values.flatten(), torch.cat(rows) if rows else values.flatten())
@@ -48,14 +49,14 @@ def check_bitmap(weight: Tensor, mask: Tensor) -> None:
     else:
         assert row_ptr is not None
         assert row_ptr.tolist() == [0, *counts.cumsum(0).tolist()]
-    assert same_bits(cpu.unpack(values, index, row_ptr, mask.shape[1], "bitmap"), dense_of(weight, mask))
+    assert same_bits(unpack(values, index, row_ptr, mask.shape[1], "bitmap"), dense_of(weight, mask))
 
 
-@pytest.mark.parametrize("dtype", cpu.ELEMENTS, ids=str)
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 4), (3, 8), (2, 12), (5, 36), (3, 64), (33, 516), (0, 8), (3, 0)], ids=str)
 def test_semi24_holds_two_of_four_and_their_positions(path: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight, mask = random_weight(*shape, dtype), nm_mask(*shape)
-    values, index, row_ptr = cpu.pack(weight, bits_of(mask), "semi24")
+    values, index, row_ptr = pack(weight, bits_of(mask), "semi24")
     assert row_ptr is None
     assert values.shape == (shape[0], shape[1] // 2)
     expected = torch.zeros(shape[0], (shape[1] + 7) // 8, dtype=torch.uint8)
@@ -65,36 +66,36 @@ def test_semi24_holds_two_of_four_and_their_positions(path: str, shape: tuple[in
             expected[r, group // 2] |= (first | second << 2) << (4 * (group % 2))
     assert torch.equal(index, expected)
     assert same_bits(values, weight[mask].reshape(values.shape))
-    assert same_bits(cpu.unpack(values, index, None, shape[1], "semi24"), dense_of(weight, mask))
+    assert same_bits(unpack(values, index, None, shape[1], "semi24"), dense_of(weight, mask))
 
 
-@pytest.mark.parametrize("dtype", cpu.ELEMENTS, ids=str)
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dense_puts_positive_zero_where_pruned(path: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight, mask = random_weight(*shape, dtype), random_mask(*shape, 0.5)
     weight[~mask] = float("nan")
-    values, index, row_ptr = cpu.pack(weight, bits_of(mask), "dense")
+    values, index, row_ptr = pack(weight, bits_of(mask), "dense")
     assert row_ptr is None
     assert torch.equal(index, bits_of(mask))
     assert same_bits(values, dense_of(weight, mask))
-    assert same_bits(cpu.unpack(values, index, None, shape[1], "dense"), values)
+    assert same_bits(unpack(values, index, None, shape[1], "dense"), values)
 
 
 def test_strided_rows_and_transposed_weights_are_read_in_place_or_copied(path: str) -> None:
     base = random_weight(64, 200, torch.bfloat16)
     mask = random_mask(64, 100, 0.5)
     for weight in (base[:, 37:137], random_weight(100, 64, torch.bfloat16).t()):
-        values, index, row_ptr = cpu.pack(weight, bits_of(mask), "bitmap")
+        values, index, row_ptr = pack(weight, bits_of(mask), "bitmap")
         assert same_bits(values, weight[mask])
-        assert same_bits(cpu.unpack(values, index, row_ptr, 100, "bitmap"), dense_of(weight, mask))
+        assert same_bits(unpack(values, index, row_ptr, 100, "bitmap"), dense_of(weight, mask))
 
 
 def test_nan_payloads_survive(path: str) -> None:
     weight = torch.arange(0x7F81, 0x7F81 + 64, dtype=torch.int16).view(torch.bfloat16).reshape(2, 32)
     mask = random_mask(2, 32, 0.5)
-    values, index, row_ptr = cpu.pack(weight, bits_of(mask), "bitmap")
+    values, index, row_ptr = pack(weight, bits_of(mask), "bitmap")
     assert same_bits(values, weight[mask])
-    assert same_bits(cpu.unpack(values, index, row_ptr, 32, "bitmap"), dense_of(weight, mask))
+    assert same_bits(unpack(values, index, row_ptr, 32, "bitmap"), dense_of(weight, mask))
 
 
 @pytest.mark.parametrize("kept", [1, 3])
@@ -102,36 +103,36 @@ def test_semi24_refuses_other_counts_and_names_bitmap(path: str, kept: int) -> N
     mask = nm_mask(6, 16)
     mask[4, 8:12] = torch.arange(4) < kept
     with pytest.raises(ValueError, match=r"row 4 .*bitmap"):
-        cpu.pack(random_weight(6, 16, torch.float32), bits_of(mask), "semi24")
+        pack(random_weight(6, 16, torch.float32), bits_of(mask), "semi24")
 
 
 def test_semi24_refuses_columns_that_are_no_multiple_of_four(path: str) -> None:
     with pytest.raises(ValueError, match="multiple of 4 columns, got 6"):
-        cpu.pack(random_weight(2, 6, torch.float32), bits_of(random_mask(2, 6, 0.5)), "semi24")
+        pack(random_weight(2, 6, torch.float32), bits_of(random_mask(2, 6, 0.5)), "semi24")
 
 
 def test_contradictory_components_are_refused(path: str) -> None:
     weight, mask = random_weight(9, 40, torch.float32), random_mask(9, 40, 0.5)
     bits = bits_of(mask)
-    values, index, row_ptr = cpu.pack(weight, bits, "bitmap")
+    values, index, row_ptr = pack(weight, bits, "bitmap")
     assert row_ptr is not None
     flipped = index.clone()
     flipped[3, 2] ^= 1
     with pytest.raises(ValueError, match="row 3 of index"):
-        cpu.unpack(values, flipped, row_ptr, 40, "bitmap")
+        unpack(values, flipped, row_ptr, 40, "bitmap")
     with pytest.raises(ValueError, match="row_ptr must run from 0"):
-        cpu.unpack(values[:-1], index, row_ptr, 40, "bitmap")
+        unpack(values[:-1], index, row_ptr, 40, "bitmap")
     for wrong in (torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min, -1):
         corrupt = row_ptr.clone()
         corrupt[5] = wrong
         with pytest.raises(ValueError, match="row 4 of index"):
-            cpu.unpack(values, index, corrupt, 40, "bitmap")
+            unpack(values, index, corrupt, 40, "bitmap")
     with pytest.raises(ValueError, match=r"index has shape \[9, 5\], expected \[9, 6\]"):
-        cpu.unpack(values, index, row_ptr, 41, "bitmap")
+        unpack(values, index, row_ptr, 41, "bitmap")
     with pytest.raises(ValueError, match="index is int64, expected uint8"):
-        cpu.unpack(values, index.long(), row_ptr, 40, "bitmap")
+        unpack(values, index.long(), row_ptr, 40, "bitmap")
     with pytest.raises(ValueError, match="no pair of ascending positions"):
-        cpu.unpack(values[:180].view(9, 20), torch.zeros(9, 5, dtype=torch.uint8), None, 40, "semi24")
+        unpack(values[:180].view(9, 20), torch.zeros(9, 5, dtype=torch.uint8), None, 40, "semi24")
 
 
 def test_padding_bits_are_refused(path: str) -> None:
@@ -139,25 +140,25 @@ def test_padding_bits_are_refused(path: str) -> None:
     bits = bits_of(random_mask(3, 12, 0.5))
     bits[1, 1] |= 0x10
     with pytest.raises(ValueError, match="row 1 of index has a bit set beyond column 12"):
-        cpu.pack(weight, bits, "bitmap")
+        pack(weight, bits, "bitmap")
 
 
 def test_wrong_dtype_shape_layout_and_device_are_refused(path: str) -> None:
     weight, bits = random_weight(4, 16, torch.float32), bits_of(random_mask(4, 16, 0.5))
     with pytest.raises(ValueError, match="weight is int64, expected bfloat16 or"):
-        cpu.pack(weight.long(), bits, "bitmap")
+        pack(weight.long(), bits, "bitmap")
     with pytest.raises(ValueError, match="expected"):
-        cpu.pack(weight[0], bits, "dense")
+        pack(weight[0], bits, "dense")
     with pytest.raises(ValueError, match=r"index has shape \[3, 2\], expected \[4, 2\]"):
-        cpu.pack(weight, bits[:3], "dense")
+        pack(weight, bits[:3], "dense")
     with pytest.raises(ValueError, match='layout must be "dense", "bitmap" or "semi24", not "csr"'):
-        cpu.pack(weight, bits, "csr")
+        pack(weight, bits, "csr")
     with pytest.raises(ValueError, match="weight is on meta"):
-        cpu.pack(weight.to("meta"), bits, "bitmap")
+        pack(weight.to("meta"), bits, "bitmap")
 
 
 def test_views_check_what_they_are_given() -> None:
-    view = cpu._native().View
+    view = native.extension().View
     with pytest.raises(ValueError, match="dtype int8 is not one"):
         view(8, "int8", (1,), (1,))
     with pytest.raises(ValueError, match="as many strides as sizes"):

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from perp_kernels import cpu
+from perp_kernels.cpu import native
+from perp_kernels.cpu.pack import pack
 
 from .native import needs_native
 
 
 def run(code: str) -> str:
     """stdout of `code` in a fresh interpreter that finds perp_kernels where this one did."""
-    root = str(Path(cpu.__file__).resolve().parents[1])
+    root = str(Path(cpu.__file__).resolve().parents[2])
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r})\n{code}"],
         capture_output=True,
@@ -34,19 +36,22 @@ def test_one_openmp_runtime_in_the_process() -> None:
     maps = "open('/proc/self/maps').read().split()"
     runtimes = f"print(*{{p for p in {maps} if 'libgomp' in p or 'libomp' in p or 'libiomp' in p}}, sep='\\n')"
     alone = run(f"import torch; torch.ones(9).sum()\n{runtimes}").split()
-    both = run(f"from perp_kernels import cpu; cpu._native().max_threads()\n{runtimes}").split()
+    both = run(f"from perp_kernels.cpu import native; native.extension().max_threads()\n{runtimes}").split()
     assert len(both) == 1
     assert both == alone
 
 
 @needs_native
 def test_the_build_under_test_is_the_one_meant() -> None:
-    assert cpu._native().sanitizers == os.environ.get("PERP_SANITIZE", "")
+    assert native.extension().sanitizers == os.environ.get("PERP_SANITIZE", "")
 
 
 @needs_native
 def test_threads_follow_torch() -> None:
-    code = "import torch\nfrom perp_kernels import cpu\ntorch.set_num_threads({n})\nprint(cpu._native().max_threads())"
+    code = (
+        "import torch\nfrom perp_kernels.cpu import native\n"
+        "torch.set_num_threads({n})\nprint(native.extension().max_threads())"
+    )
     assert run(code.format(n=1)) == "1"
     assert run(code.format(n=3)) == "3"
 
@@ -82,6 +87,6 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     results = []
     for count in (1, 4):
         torch.set_num_threads(count)
-        results.append(cpu.pack(weight, bits, "bitmap")[0])
+        results.append(pack(weight, bits, "bitmap")[0])
     torch.set_num_threads(threads)
     assert torch.equal(*results)

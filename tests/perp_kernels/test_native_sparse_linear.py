@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 import perp_kernels as pk
 from perp_kernels import cpu
+from perp_kernels.cpu import native
+from perp_kernels.cpu.pack import pack
+from perp_kernels.cpu.sparse_linear import sparse_linear
 
 from .native import PATHS, bits_of, force, needs_native, nm_mask, random_mask, random_weight
 
@@ -32,12 +35,12 @@ def packed(shape: tuple[int, int], dtype: torch.dtype, layout: str, kept: float 
     """Components of a random weight, and the dense matrix that they stand for by definition."""
     mask = nm_mask(*shape) if layout == "semi24" else random_mask(*shape, kept)
     weight = random_weight(*shape, dtype)
-    return cpu.pack(weight, bits_of(mask), layout), torch.where(mask, weight, torch.zeros((), dtype=dtype))
+    return pack(weight, bits_of(mask), layout), torch.where(mask, weight, torch.zeros((), dtype=dtype))
 
 
 def call(x: Tensor, components: tuple, layout: str, dense: Tensor, bias: Tensor | None = None) -> Tensor:
     values, index, row_ptr = components
-    return cpu.sparse_linear(x, values, index, row_ptr, layout, list(dense.shape), bias, None)
+    return sparse_linear(x, values, index, row_ptr, layout, list(dense.shape), bias, None)
 
 
 def assert_as_good_as_torch(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None) -> None:
@@ -76,8 +79,8 @@ def test_uneven_and_empty_rows(path: str, kept: float) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_tokens_take_torchs_product_by_chunks(path: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "FUSED_TOKENS", dict.fromkeys(DTYPES, 0))
-    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 4096)  # several chunks, the last one short
+    monkeypatch.setattr(cpu.sparse_linear, "FUSED_TOKENS", dict.fromkeys(DTYPES, 0))
+    monkeypatch.setattr(cpu.sparse_linear, "_CHUNK_BYTES", 4096)  # several chunks, the last one short
     components, dense = packed((71, 260), torch.float32, layout)
     x, bias = torch.randn(11, 260), torch.randn(71)
     assert_as_good_as_torch(call(x, components, layout, dense, bias), x, dense, bias)
@@ -89,8 +92,8 @@ def test_output_is_written_whole_and_nothing_beside_it(path: str) -> None:
     for tokens in (1, 4, 9):
         x, board = torch.randn(tokens, 200), torch.full((tokens + 2, 29), float("nan"))
         y = board[1:-1, 8:21]
-        handle = cpu._weight(values, index, row_ptr, 200, "bitmap")
-        handle.linear(cpu._view("x", x), cpu._view("y", y), None, 0)
+        handle = native.weight(values, index, row_ptr, 200, "bitmap")
+        handle.linear(native.view("x", x), native.view("y", y), None, 0)
         assert_as_good_as_torch(y, x, dense, None)
         board[1:-1, 8:21] = 0
         assert int(board.isnan().sum()) == board.numel() - y.numel()
@@ -153,18 +156,20 @@ def test_a_handle_goes_with_its_index() -> None:
     (values, index, row_ptr), dense = packed((4, 16), torch.float32, "bitmap")
     call(torch.randn(1, 16), (values, index, row_ptr), "bitmap", dense)
     identity = id(index)
-    assert identity in cpu._handles
+    assert identity in native._handles
     del index
-    assert identity not in cpu._handles
+    assert identity not in native._handles
 
 
 def test_wrong_arguments_are_refused(path: str) -> None:
     (values, index, row_ptr), _ = packed((8, 32), torch.float32, "bitmap")
-    handle = cpu._weight(values, index, row_ptr, 32, "bitmap")
+    handle = native.weight(values, index, row_ptr, 32, "bitmap")
     x, y = torch.randn(2, 32), torch.empty(2, 8)
 
     def linear(x: Tensor, y: Tensor, bias: Tensor | None = None, first_row: int = 0) -> None:
-        handle.linear(cpu._view("x", x), cpu._view("y", y), None if bias is None else cpu._view("b", bias), first_row)
+        handle.linear(
+            native.view("x", x), native.view("y", y), None if bias is None else native.view("b", bias), first_row
+        )
 
     with pytest.raises(ValueError, match="x is bfloat16, expected float32"):
         linear(x.bfloat16(), y)
@@ -183,8 +188,8 @@ def test_wrong_arguments_are_refused(path: str) -> None:
     with pytest.raises(ValueError, match="no rows -1"):
         linear(x, y, None, -1)
     with pytest.raises(ValueError, match="no rows 9"):
-        handle.unpack(cpu._view("out", torch.empty(0, 32)), 9)
+        handle.unpack(native.view("out", torch.empty(0, 32)), 9)
     with pytest.raises(ValueError, match="only the layout bitmap"):
-        cpu._weight(values.view(-1)[:0], index, torch.zeros(9, dtype=torch.int64), 32, "dense")
+        native.weight(values.view(-1)[:0], index, torch.zeros(9, dtype=torch.int64), 32, "dense")
     with pytest.raises(ValueError, match="float64"):
-        cpu._weight(torch.randn(8, 32).double(), index, None, 32, "dense")
+        native.weight(torch.randn(8, 32).double(), index, None, 32, "dense")
