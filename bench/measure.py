@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from bench import limits, machine, memory, timing
-from bench.registry import Arguments, Case, Contestant, Target
+from bench.registry import LIMIT, Arguments, Case, Contestant, Target
 from bench.results import Row
 from perp_kernels import cpu, dispatch
 
@@ -27,7 +27,8 @@ def measure(case: Case, effort: timing.Effort, tests_passed: bool) -> tuple[list
     if case.memory:
         kernel, spent = _memory({OURS: case.memory.ours, **case.memory.peers}, case.memory.make(0))
 
-    def row(figures: Mapping[str, float], unit: str, target: Target | None, limit: float | None) -> Row:
+    def row(figures: Mapping[str, float], unit: str, targets: Sequence[Target], limit: float | None) -> Row:
+        known = {**figures, **({} if limit is None else {LIMIT: limit})}
         return Row(
             op=case.op,
             kernel=kernel,
@@ -39,15 +40,15 @@ def measure(case: Case, effort: timing.Effort, tests_passed: bool) -> tuple[list
             peers={name: figure for name, figure in figures.items() if name != OURS},
             unit=unit,
             better="lower",
-            target=None if target is None else target.ratio * figures[target.peer],
+            target=min((target.ratio * known[target.peer] for target in targets), default=None),
             limit=limit,
             peak_bytes=spent[OURS],
             verified=tests_passed and complaint is None,
         )
 
-    rows = [row(times, "ms", case.target, limits.milliseconds(case.work, case.dtype))]
+    rows = [row(times, "ms", case.targets, limits.milliseconds(case.work, case.dtype))]
     if case.memory:
-        rows.append(row(spent, "bytes", case.memory.target, None))
+        rows.append(row(spent, "bytes", case.memory.targets, None))
     return rows, complaint
 
 

@@ -30,9 +30,13 @@ class Work:
     flops: int = 0
 
 
+LIMIT = "limit"
+"""Stands in a target for the case's physical limit, which is no peer."""
+
+
 @dataclass(frozen=True)
 class Target:
-    """Ours should be at most `ratio` times the peer's figure."""
+    """Ours should be at most `ratio` times the peer's figure, or the limit's."""
 
     peer: str
     ratio: float
@@ -49,7 +53,7 @@ class Memory:
     make: Callable[[int], Arguments]
     ours: Contestant
     peers: Mapping[str, Contestant]
-    target: Target | None = None
+    targets: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Case:
     op: the name perp_kernels knows it by; shape: `KEY=VALUE` words (T tokens, N outputs, K inputs, r rank).
     make: builds an argument set from a seed; no two sets share a storage. ours and peers take one and return what they
     computed. check: raises AssertionError where ours is wrong against a float64 reference on a given argument set.
-    quick: part of the short selection.
+    targets: all of them are to be met. quick: part of the short selection.
     """
 
     op: str
@@ -70,7 +74,7 @@ class Case:
     peers: Mapping[str, Contestant]
     work: Work
     check: Callable[[Arguments], None]
-    target: Target | None = None
+    targets: tuple[Target, ...] = ()
     memory: Memory | None = None
     quick: bool = False
 

@@ -27,7 +27,13 @@ def _table(rows: Sequence[Row]) -> Table:
     )
     for name in ("shape", "dtype", "kernel"):
         table.add_column(name, no_wrap=True)
-    figures = ["ours", *peers, *(["limit"] if timed else []), *(f"{peer} / ours" for peer in peers)]
+    figures = [
+        "ours",
+        *peers,
+        *(["limit"] if timed else []),
+        *(f"{peer} / ours" for peer in peers),
+        *(["of limit"] if timed else []),
+    ]
     for name in [*figures, *(["extra memory"] if timed else [])]:
         table.add_column(name, justify="right")
     table.add_column("target")
@@ -35,6 +41,7 @@ def _table(rows: Sequence[Row]) -> Table:
         values = [row.ours, *(row.peers.get(peer) for peer in peers), *([row.limit] if timed else [])]
         cells = [row.shape, row.dtype, row.kernel, *(_figure(value, row.unit) for value in values)]
         cells += [_ratio(row, peer) for peer in peers]
+        cells += [_share(row)] if timed else []
         cells += [_figure(row.peak_bytes, "bytes")] if timed else []
         table.add_row(*cells, _target(row))
     return table
@@ -45,6 +52,10 @@ def _ratio(row: Row, peer: str) -> str:
         return "not verified"
     ratio = row.ratio(peer) if peer in row.peers else None
     return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _share(row: Row) -> str:
+    return f"{row.limit / row.ours:.0%}" if row.verified and row.limit is not None and row.ours else "-"
 
 
 def _target(row: Row) -> str:

@@ -3,6 +3,18 @@
 #include "bindings/bindings.h"
 #include "cpu/parallel.h"
 #include "cpu/platform.h"
+#include "cpu/read.h"
+
+namespace perp {
+namespace {
+
+std::uint64_t read_words_checked(const View& buffer) {
+  buffer.typed("buffer", {DType::i64}).sized("buffer", {-1}).contiguous("buffer");
+  return read_words(buffer.read(), buffer.size(0) * buffer.element_size());
+}
+
+}  // namespace
+}  // namespace perp
 
 PYBIND11_MODULE(_C, m) {
   using namespace perp;
@@ -18,6 +30,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_path", &set_path, arg("name"));
   m.def("active_path", &active_path);
   m.def("max_threads", &max_threads);
+  m.def("read_words", &read_words_checked, arg("buffer"), Release());
 
   bind_pack(m);
   bind_weight(m);

@@ -108,7 +108,7 @@ def case(T: int, N: int, K: int, dtype: torch.dtype, layout: str = "dense", quic
             make=make(T, N, K, dtype, layout, LAYERS),
             ours=ours_run,
             peers={PUBLISHED: published_run},
-            target=Target(PUBLISHED, 1 / 4),
+            targets=(Target(PUBLISHED, 1 / 4),),
         ),
         quick=quick,
     )

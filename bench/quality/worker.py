@@ -87,6 +87,7 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
             steps=protocol.steps,
             batch=protocol.batch,
             seed=TRAINING_SEED,
+            checkpointing=False,  # the same gradients a quarter sooner, in 2 GB more
         )
         perp.retrain_model(model, windows, settings, progress)
         trained, total = perp.count_trainable(model)

@@ -78,6 +78,12 @@ def active_path() -> str:
     return str(extension().active_path())
 
 
+def read_words(buffer: Tensor) -> int:
+    """The bitwise or of an int64 tensor [n], read by all threads as fast as memory gives it: what bounds a product with
+    few tokens. The result, an unsigned number of 64 bits, is there to be checked."""
+    return int(extension().read_words(view("buffer", buffer)))
+
+
 def register(op: str, function: Callable[..., Any], supports: Callable[..., bool]) -> None:
     """Let `function` serve `op` on this machine's CPU, where the extension is there and `supports` its arguments."""
     dispatch.register(op, "cpu", function, supports, None if available else why)

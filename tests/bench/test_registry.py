@@ -8,7 +8,7 @@ import torch
 from bench import registry
 from bench.measure import OURS
 from bench.memory import storages
-from bench.registry import Case
+from bench.registry import LIMIT, Case
 
 OPS = registry.load()
 CASES = [case for op in OPS.values() for case in op.cases]
@@ -37,11 +37,9 @@ def test_cases_are_whole(case: Case) -> None:
     assert case.peers
     assert not {OURS, "limit"} & set(case.peers)
     assert all("=" in word for word in case.shape.split())
-    for target, peers in (
-        (case.target, case.peers),
-        (case.memory and case.memory.target, case.memory and case.memory.peers),
-    ):
-        assert target is None or target.peer in peers
+    assert {target.peer for target in case.targets} <= {*case.peers, LIMIT}
+    if case.memory:
+        assert {target.peer for target in case.memory.targets} <= set(case.memory.peers)
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.op)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,12 @@ from perp_kernels import cpu
 from perp_kernels.cpu import native
 from perp_kernels.cpu.pack import pack
 
-from .native import needs_native
+from .native import PATHS, force, needs_native
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from force(request.param)
 
 
 def run(code: str) -> str:
@@ -90,3 +96,17 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         results.append(pack(weight, bits, "bitmap")[0])
     torch.set_num_threads(threads)
     assert torch.equal(*results)
+
+
+@needs_native
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 31, 32, 33, 300_001])
+def test_read_words_reads_every_word(path: str, count: int) -> None:
+    buffer = torch.zeros(count, dtype=torch.int64)
+    expected = 0
+    for place in {0, count // 2, count - 1} if count else ():
+        bit = place % 64
+        buffer[place] |= 1 << bit if bit < 63 else -(1 << 63)
+        expected |= 1 << bit
+    assert native.read_words(buffer) == expected
+    with pytest.raises(ValueError, match="contiguous"):
+        native.read_words(torch.zeros(8, dtype=torch.int64)[::2])
