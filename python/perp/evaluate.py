@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +12,10 @@ import torch.nn.functional as F
 
 from perp import data, machine
 from perp.errors import UserError
+from perp.loss import Head
 from perp.progress import Progress, Silent
 
 PARTS = ("test", "validation", "train", "all")
-# Logits held at once: 64 MB in fp32.
-LOGITS = 1 << 24
 
 
 @torch.no_grad()
@@ -34,9 +31,9 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor, progress: Progress
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total = 0.0
+    head, total = Head(model), 0.0
     for number, window in enumerate(windows.to(device), start=1):
-        loss = sum(loss.item() for loss in _losses(model, window))
+        loss = sum(loss.item() for loss in _losses(head, window))
         if not math.isfinite(loss):
             raise UserError(
                 f"the model's output on window {number} of {len(windows)} is NaN or infinite: "
@@ -128,32 +125,12 @@ def _exp(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def _losses(model: Any, window: torch.Tensor) -> Iterator[torch.Tensor]:
+def _losses(head: Head, window: torch.Tensor) -> Iterator[torch.Tensor]:
     """Summed losses of the window's targets, a chunk of positions at a time."""
-    inputs, targets = window[:-1], window[1:]
-    with _chunked_head(model, inputs[None]) as logits:
-        rows = max(1, LOGITS // model.config.get_text_config().vocab_size)
-        for positions in torch.arange(len(inputs), device=inputs.device).split(rows):
-            yield F.cross_entropy(logits(positions).float(), targets[positions], reduction="sum").double()
-
-
-@contextmanager
-def _chunked_head(model: Any, inputs: torch.Tensor) -> Iterator[Any]:
-    """Gives logits(positions) [len(positions), vocabulary] of the tokens `inputs` [1, T], running the blocks once.
-
-    The head is not always one matrix product (scaled, soft-capped): so the model itself is asked for the logits of a
-    few positions at a time, its decoder answering with the hidden states it has already computed.
-    """
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        everything = model(input_ids=inputs, use_cache=False).logits[0]
-        yield lambda positions: everything[positions]
+    inputs, targets = window[None, :-1], window[1:]
+    if not head.apart:
+        yield F.cross_entropy(head.whole(inputs)[0].float(), targets, reduction="sum").double()
         return
-    decoder = model.get_decoder()
-    found: list[Any] = []
-    with decoder.register_forward_hook(lambda module, arguments, output: found.append(output)):
-        model(input_ids=inputs, use_cache=False, logits_to_keep=1)
-    decoder.forward = lambda *arguments, **named: found[0]
-    try:
-        yield lambda positions: model(input_ids=inputs, use_cache=False, logits_to_keep=positions).logits[0]
-    finally:
-        del decoder.forward
+    hidden = head.states(inputs)[0]
+    for states, following in zip(hidden.split(head.chunk()), targets.split(head.chunk()), strict=True):
+        yield F.cross_entropy(head.logits(states).float(), following, reduction="sum").double()

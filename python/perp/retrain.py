@@ -10,20 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from perp.adapters import attach, select_trainable
 from perp.errors import UserError
 from perp.linear import SparseLinear
+from perp.loss import WindowLoss
 from perp.optim import AdamW
 from perp.progress import Progress, Silent
-
-# Logits held at once, per micro-batch: 32 MB in fp32, and their gradient as much again.
-LOGITS = 1 << 23
-# Tokens of the forward that shows whether the head can be run apart from the rest.
-PROBE = 8
 
 
 @dataclass(frozen=True)
@@ -85,83 +79,6 @@ def retrain(
             progress.unit(f"step {len(losses)}", **{"loss": losses[-1], "tokens/s": speed})
     progress.done()
     return losses
-
-
-class WindowLoss:
-    """The summed cross-entropy of windows, times a factor, without their logits ever being whole.
-
-    The decoder runs once. The model itself then turns its hidden states into logits, a chunk of positions at a time and
-    whatever its head does (bias, scaling, soft-capping), its decoder answering with those states. A short probe decides
-    whether that gives the model's own logits; where it does not, the model's whole logits are used.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.decoder = model.get_decoder()
-        inner = {id(parameter) for parameter in self.decoder.parameters()}
-        self.head = [p for p in model.parameters() if p.requires_grad and id(p) not in inner]
-        self.vocabulary = model.config.get_text_config().vocab_size
-        self.chunked = self._probe()
-
-    def __call__(self, ids: Tensor, factor: float) -> Tensor:
-        """ids int64 [b, T] -> fp32 scalar; b (T - 1) targets."""
-        targets = ids[:, 1:].flatten()
-        if not self.chunked:
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum") * factor
-        hidden = self.decoder(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
-        return _ChunkedLoss.apply(hidden, targets, self, *self.head) * factor
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, H], as the decoder gives it -> logits [n, vocabulary]."""
-        answer = self.answer(hidden[None])
-        self.decoder.forward = lambda *arguments, **named: answer
-        try:
-            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-            return self.model(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            del self.decoder.forward
-
-    @torch.no_grad()
-    def _probe(self) -> bool:
-        ids = torch.arange(PROBE, device=self.model.device)[None] % self.model.get_input_embeddings().num_embeddings
-        own = self.model(input_ids=ids, use_cache=False).logits[0]
-        try:
-            output = self.decoder(input_ids=ids, use_cache=False)
-            self.answer = type(output) if isinstance(output, dict) else lambda hidden: (hidden,)
-            found = self.logits(output[0][0])
-        except Exception:  # a head that cannot be run apart says so in its own way, and the whole logits remain
-            return False
-        bound = 4 * torch.finfo(own.dtype).eps * own.abs().max()
-        return found.shape == own.shape and bool((found - own).abs().max() <= bound)
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of hidden states [n, H]: each chunk's gradient is formed beside its loss, logits dropped."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, loss: WindowLoss, *head: Tensor) -> Tensor:
-        total = torch.zeros((), device=hidden.device)
-        gradients = [torch.empty_like(hidden), *map(torch.zeros_like, head)]
-        rows = max(1, LOGITS // loss.vocabulary)
-        for start in range(0, len(hidden), rows):
-            with torch.enable_grad():
-                part = hidden[start : start + rows].detach().requires_grad_()
-                logits = loss.logits(part).float()
-                part_loss = F.cross_entropy(logits, targets[start : start + rows], reduction="sum")
-                found = torch.autograd.grad(part_loss, [part, *loss.head], materialize_grads=True)
-            total += part_loss.detach()
-            gradients[0][start : start + rows] = found[0]
-            for gradient, more in zip(gradients[1:], found[1:], strict=True):
-                gradient += more
-        ctx.save_for_backward(*gradients)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, *head = (grad * gradient for gradient in ctx.saved_tensors)
-        return hidden, None, None, *head
 
 
 @contextmanager

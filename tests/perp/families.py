@@ -6,8 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers as t
 from torch import Tensor, nn
+
+from perp.blocks import find_blocks, prunable
+from perp.linear import swap_linears
 
 VOCABULARY = 96
 HIDDEN = 32
@@ -81,3 +85,18 @@ def windows(count: int = 4, length: int = 12, seed: int = 0) -> Tensor:
     """Random token ids, int64 [count, length], special tokens left out."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (count, length), generator=generator)
+
+
+def pruned(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    model = build(family, dtype=dtype, **changes)
+    prefix, blocks = find_blocks(model)
+    linears = {k: v for i, block in enumerate(blocks) for k, v in prunable(block, f"{prefix}.{i}").items()}
+    generator = torch.Generator().manual_seed(0)
+    swap_linears(model, {k: torch.rand(v.weight.shape, generator=generator) < 0.5 for k, v in linears.items()})
+    return model
+
+
+def full_loss(model: Any, ids: Tensor) -> Tensor:
+    """The definition: mean cross-entropy of each token given those before it."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())

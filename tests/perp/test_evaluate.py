@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perp import evaluate
+from perp import evaluate, loss
 from perp.errors import UserError
 from perp.evaluate import perplexity
 
@@ -28,7 +28,7 @@ def oracle(model, tokens) -> float:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_perplexity_is_its_definition_whatever_the_head(family, monkeypatch):
     # Three positions at a time: uneven chunks over eleven targets.
-    monkeypatch.setattr(evaluate, "LOGITS", 3 * 96)
+    monkeypatch.setattr(loss, "LOGITS", 3 * 96)
     model, tokens = build(family), windows(3, 12)
     found = perplexity(model, tokens)
     assert found == pytest.approx(oracle(model, tokens), rel=1e-5)
@@ -45,12 +45,13 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_logits_of_a_window_are_never_whole(monkeypatch):
-    monkeypatch.setattr(evaluate, "LOGITS", 2 * 96)
+    monkeypatch.setattr(loss, "LOGITS", 2 * 96)
     model = build("llama")
     rows = []
     model.lm_head.register_forward_hook(lambda module, arguments, output: rows.append(output.shape[-2]))
     perplexity(model, windows(1, 12))
-    assert max(rows) == 2
+    # Twice the probe, which asks for all of its few tokens; then the window.
+    assert rows == [loss.PROBE, loss.PROBE, 2, 2, 2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
