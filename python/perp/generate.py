@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import AutoModelForCausalLM, TextStreamer
 
 from perp import machine, models
 from perp.errors import UserError
-from perp.packed_model import load_packed, packed_file
+from perp.packed_model import load_weights, packed_file
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a generation took: seconds to the first token and for all later ones, bytes resident beyond the imports'
-    (memory of the process's own, and files mapped) and bytes of the weights, a tied one counted once."""
+    """What a generation took: seconds to the first token and for all later ones, bytes resident beyond the imports
+    and the tokenizer (memory of the process's own, and files mapped), bytes of the weights, a tied one counted once."""
 
     prompt: int
     tokens: int
@@ -64,8 +64,9 @@ def generate(
     if not dense:
         packed_file(directory)
     models.check_model(directory)  # which imports the model's code
+    tokenizer = models.load_tokenizer(directory)
     before = machine.resident_parts()
-    model, tokenizer = models.load(directory, dtype) if dense else load_packed(directory, dtype)
+    model = models.load_weights(directory, AutoModelForCausalLM, dtype) if dense else load_weights(directory, dtype)
     asked = _tokenize(model, tokenizer, prompt, tokens)
     how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = _Timed(tokenizer, skip_special_tokens=True)

@@ -17,7 +17,15 @@ MASKS = ("saved", "from-zeros")
 
 
 def load_packed(directory: str | Path, dtype: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
-    """The model in `directory` in eval mode, its pruned linears on their packed weights, and its tokenizer.
+    """The model in `directory`, its pruned linears on their packed weights, and its tokenizer: `load_weights`."""
+    packed_file(directory)
+    models.check_model(str(directory))
+    tokenizer = models.load_tokenizer(str(directory))
+    return load_weights(directory, dtype, device), tokenizer
+
+
+def load_weights(directory: str | Path, dtype: str | None = None, device: str = "cpu") -> Any:
+    """The model in `directory` in eval mode, its pruned linears on their packed weights.
 
     No dense pruned weight is allocated, and the packed ones stay mapped from their file; all other weights come from
     the model's own files. `dtype` None keeps that of the files. UserError, one sentence, where a file lacks or is
@@ -27,7 +35,6 @@ def load_packed(directory: str | Path, dtype: str | None = None, device: str = "
     name, path = str(directory), packed_file(directory)
     models.check_model(name)
     weights = packed.read(path)
-    tokenizer = models.load_tokenizer(name)
     with models.quiet():
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(name))]
     model = models.load_weights(name, _without_weights(kind, weights, name), dtype)
@@ -35,7 +42,7 @@ def load_packed(directory: str | Path, dtype: str | None = None, device: str = "
     for layer in list(weights):
         hole = model.get_submodule(layer)
         replace_module(model, layer, SparseLinear(weights.pop(layer).to(dtype=hole.dtype), hole.bias).eval())
-    return model.to(device), tokenizer
+    return model.to(device)
 
 
 def packed_file(directory: str | Path) -> Path:
