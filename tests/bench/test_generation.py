@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from bench.generation import __main__ as generation
-from bench.generation import worker
+from bench.generation import subjects, worker
 from bench.generation.subjects import Subject
 from bench.generation.worker import Job
 from bench.results import Row
+from perp import models
+from perp.blocks import all_prunable
+from perp.packed_model import load_packed
+from tests.perp import families, tiny
 from tests.perp.test_checkpoints import save
 
 SUBJECT = Subject("Tiny", lambda out: None, speed=1.2, memory=0.7)
@@ -97,6 +101,24 @@ def test_a_subject_is_made_once_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     assert subject.directory(tmp_path) == subject.directory(tmp_path) == tmp_path / "tiny"
     assert len(made) == 2
+
+
+def test_the_large_model_is_made_a_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config = families.FAMILIES["llama"]()
+    config.tie_word_embeddings, config.dtype = False, "bfloat16"
+    monkeypatch.setattr(subjects, "CONFIG", config)
+    words = tiny.model_dir(tmp_path)
+    monkeypatch.setattr("perp.demo.model_dir", lambda: words)
+    out = subjects.SUBJECTS["large"].directory(tmp_path / "cache")
+    assert len(list(out.glob("model-*.safetensors"))) == 1 + config.num_hidden_layers
+    plain, _ = models.load(str(out))
+    model, _ = load_packed(out)
+    linears = all_prunable(plain)
+    assert len(linears) == 7 * config.num_hidden_layers
+    for name, linear in linears.items():
+        assert bool(((linear.weight != 0).sum(1) == linear.in_features // 2).all())
+        assert torch.equal(model.get_submodule(name).weight, linear.weight)
+    assert subjects.CONFIG.dtype == plain.dtype == torch.bfloat16
 
 
 def test_contestants_agree_on_a_small_model(tmp_path: Path) -> None:
