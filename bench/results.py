@@ -18,7 +18,7 @@ class Row:
     """One measured line.
 
     kernel: what really ran for `ours`. ours, peers, target and limit are in `unit`; `better` says which way is better,
-    "lower" everywhere today. limit: the physical bound, None where there is none; it is never a peer.
+    "lower" or "higher". limit: the physical bound, None where there is none; it is never a peer.
     peak_bytes: extra memory of `ours`. verified: the op's tests and the case's own check passed in the same run.
     """
 
@@ -38,12 +38,15 @@ class Row:
     verified: bool
 
     def ratio(self, peer: str) -> float | None:
-        """How many times less than the peer ours needs; None where ours needs nothing at all."""
-        return self.peers[peer] / self.ours if self.ours else None
+        """How many times better than the peer ours is; None where that has no number."""
+        better, worse = (self.ours, self.peers[peer]) if self.better == "higher" else (self.peers[peer], self.ours)
+        return better / worse if worse else None
 
     def met(self) -> bool | None:
         """Whether the target is met; None where there is none."""
-        return None if self.target is None else self.ours <= self.target
+        if self.target is None:
+            return None
+        return self.ours >= self.target if self.better == "higher" else self.ours <= self.target
 
 
 def read(path: Path) -> list[Row]:

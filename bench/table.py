@@ -10,6 +10,14 @@ from rich.table import Table
 
 from bench.results import Row
 
+_WHAT = {
+    ("", "ms"): "milliseconds",
+    ("", "tokens/s"): "tokens per second",
+    ("", "bytes"): "extra memory over eight chained layers",
+    ("generate", "bytes"): "resident memory above the imports",
+}
+"""What a table shows by op and unit; the op "" is any other."""
+
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """A table for each op (and unit) in the order of the rows."""
@@ -21,7 +29,7 @@ def _table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     timed = first.unit == "ms"
     peers = list(dict.fromkeys(peer for row in rows for peer in row.peers))
-    what = "milliseconds" if timed else "extra memory over eight chained layers"
+    what = _WHAT.get((first.op, first.unit), _WHAT["", first.unit])
     table = Table(
         title=f"{first.op}: {what} ({first.device}, commit {first.commit})", title_justify="left", box=SIMPLE_HEAD
     )
@@ -31,7 +39,7 @@ def _table(rows: Sequence[Row]) -> Table:
         "ours",
         *peers,
         *(["limit"] if timed else []),
-        *(f"{peer} / ours" for peer in peers),
+        *(_compared(first, peer) for peer in peers),
         *(["of limit"] if timed else []),
     ]
     for name in [*figures, *(["extra memory"] if timed else [])]:
@@ -45,6 +53,10 @@ def _table(rows: Sequence[Row]) -> Table:
         cells += [_figure(row.peak_bytes, "bytes")] if timed else []
         table.add_row(*cells, _target(row))
     return table
+
+
+def _compared(row: Row, peer: str) -> str:
+    return f"ours / {peer}" if row.better == "higher" else f"{peer} / ours"
 
 
 def _ratio(row: Row, peer: str) -> str:
@@ -61,10 +73,11 @@ def _share(row: Row) -> str:
 def _target(row: Row) -> str:
     if row.target is None:
         return "-"
-    return f"{'met' if row.met() else 'MISSED'} (at most {_figure(row.target, row.unit)})"
+    bound = "at least" if row.better == "higher" else "at most"
+    return f"{'met' if row.met() else 'MISSED'} ({bound} {_figure(row.target, row.unit)})"
 
 
 def _figure(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if unit == "ms" else f"{value / (1 << 20):.1f} MiB"
+    return f"{value / (1 << 20):.1f} MiB" if unit == "bytes" else f"{value:.4g}"

@@ -28,7 +28,7 @@ from torch import Tensor
 from perp_kernels.arrays import as_tensor
 from perp_kernels.ops import pack as _pack
 from perp_kernels.ops._arguments import check_adapter
-from perp_kernels.ops.bits import pack_bits, unpack_mask
+from perp_kernels.ops.bits import kept_in_rows, pack_bits, unpack_mask
 from perp_kernels.ops.merge import add_lowrank_, mul_lowrank_
 from perp_kernels.ops.unpack import unpack
 
@@ -179,14 +179,14 @@ def _validate(weight: SparseWeight) -> None:
     if layout == "semi24":
         need(K % 4 == 0, "the number of inputs is a multiple of 4")
         need(K % 8 == 0 or not bool((index[:, -1] >> 4).any()), "index nibbles past the last column are 0")
-    columns = unpack_mask(index, 8 * width, layout)
-    need(not bool(columns[:, K:].any()), "index bits past the last column are 0")
-    kept = columns[:, :K]
-    counts = kept.sum(1)
+    else:
+        need(K % 8 == 0 or not bool((index[:, -1] >> K % 8).any()), "index bits past the last column are 0")
     if layout == "dense":
         need(values.shape == (R, K), f"values are [{R}, {K}]")
-        need(not bool(values.detach()[~kept].any()), "values are 0 where pruned")
-    elif layout == "semi24":
+        need(not bool(values.detach()[~unpack_mask(index, K, layout)].any()), "values are 0 where pruned")
+        return
+    counts = kept_in_rows(index, layout)
+    if layout == "semi24":
         need(values.shape == (R, K // 2), f"values are [{R}, {K // 2}]")
         need(bool((counts == K // 2).all()), "each nibble of index holds two positions in rising order")
     elif row_ptr is None:

@@ -56,11 +56,12 @@ def extension() -> ModuleType:
 
 def view(name: str, tensor: Tensor) -> Any:
     """`tensor` as the extension takes it. Raises ValueError for a tensor that is not in this machine's memory."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"{name} is on {tensor.device}, the CPU kernels need it on cpu")
-    if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES:
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None or tensor.layout is not torch.strided:
         raise ValueError(f"{name} is {tensor.dtype}, which is not a dtype the CPU kernels know")
-    return extension().View(tensor.data_ptr(), _DTYPES[tensor.dtype], tuple(tensor.shape), tuple(tensor.stride()))
+    return extension().View(tensor.data_ptr(), dtype, tensor.shape, tensor.stride())
 
 
 def cpu_features() -> list[str]:

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from perp_kernels import dispatch
 
 _LIBRARY = torch.library.Library("perp_kernels", "FRAGMENT")
+
+_PLAIN = (Tensor, Parameter)
+
+
+def serve(name: str, *arguments: Any) -> Any:
+    """Run the implementation that serves the op `name` for these arguments."""
+    function = dispatch.select(name, *arguments)
+    if not torch._C._is_any_autocast_enabled():
+        return function(*arguments)
+    # An op keeps the dtypes of its contract: autocast would cast the products inside it, and only some of them.
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return function(*arguments)
+
+
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether a call on these tensors has no witness but its kernel: no compiler, trace, mode, transform or profiler,
+    and no subclass of Tensor. It may then be served without torch's dispatcher, which takes as long as a small product.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(tensor) in _PLAIN for tensor in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -20,16 +49,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     """
     name = schema.partition("(")[0]
     dispatch.register(name, "reference", reference)
-
-    def serve(*arguments: Any) -> Any:
-        function, device = dispatch.select(name, *arguments), arguments[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return function(*arguments)
-        # An op keeps the dtypes of its contract: autocast would cast the products inside it, and only some of them.
-        with torch.autocast(device, enabled=False):
-            return function(*arguments)
-
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, serve, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, functools.partial(serve, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"perp_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.perp_kernels, name).default

@@ -50,6 +50,18 @@ def _kept_of_byte(layout: str, device: torch.device) -> Tensor:
     return kept.view(torch.int64).flatten().to(device)
 
 
+@functools.cache
+def _count_of_byte(layout: str, device: torch.device) -> Tensor:
+    """uint8 [256]: how many columns an index byte keeps; none for a semi24 nibble that is no rising pair."""
+    kept = _kept_of_byte(layout, device).view(torch.bool).view(256, 8)
+    return kept.sum(1, dtype=torch.uint8)
+
+
+def kept_in_rows(index: Tensor, layout: str) -> Tensor:
+    """int64 [R]: how many columns each row of an index [R, W] keeps, without unpacking it."""
+    return _count_of_byte(layout, index.device).index_select(0, index.flatten().int()).view(index.shape).sum(1)
+
+
 def unpack_mask_rows(index: Tensor, K: int, layout: str) -> Tensor:
     """Index bytes [..., ceil(K/8)] to a bool mask [..., K]; the reference, for use inside other references."""
     words = _kept_of_byte(layout, index.device).index_select(0, index.flatten().int())

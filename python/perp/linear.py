@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,11 @@ class SparseLinear(nn.Module):
         """x [..., in_features] in the dtype of `values` -> [..., out_features]."""
         if self.mode == "mask_lora":
             return pk.masked_lora_linear(x, self.sparse_weight, self.lora_A, self.lora_B, self.scale, self.bias)
-        return pk.sparse_linear(x, self.sparse_weight, self.bias)
+        # Not through nn.Module's attributes, which take longer to find than the parameters of a small product to read.
+        own: dict[str, Any] = self._parameters
+        shape = (self.out_features, self.in_features)
+        weight = pk.SparseWeight(own["values"], own["index"], own["row_ptr"], shape, self.layout)
+        return pk.sparse_linear(x, weight, own["bias"])
 
     def extra_repr(self) -> str:
         adapter = "" if self.lora_A is None else f", mode={self.mode}, r={self.lora_A.shape[0]}, scale={self.scale:g}"
@@ -111,7 +116,7 @@ def swap_linears(model: nn.Module, masks: Mapping[str, Tensor], layout: str = "d
         if owners[id(linear.weight)] > 1:
             raise UserError(f"the weight of {name} is tied to another module; a tied weight cannot be pruned.")
     for name, mask in masks.items():
-        _replace(model, name, SparseLinear.from_linear(modules.pop(name), mask, layout))
+        replace_module(model, name, SparseLinear.from_linear(modules.pop(name), mask, layout))
     return list(masks)
 
 
@@ -123,10 +128,11 @@ def unswap(model: nn.Module) -> list[str]:
             raise UserError(f"{name} still carries its {layer.mode} adapter; merge adapters before unswapping.")
     names = list(layers)
     for name in names:
-        _replace(model, name, layers.pop(name).to_linear())
+        replace_module(model, name, layers.pop(name).to_linear())
     return names
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` where the submodule `name` of `model` was."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)

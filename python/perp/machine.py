@@ -30,6 +30,16 @@ def find_device(name: str | None = None) -> str:
     return name
 
 
+def use_threads(count: int | None) -> None:
+    """Compute with so many threads; None leaves it to torch."""
+    import torch
+
+    if count is not None and count < 1:
+        raise UserError(f"threads is {count}; it must be at least 1.")
+    if count is not None:
+        torch.set_num_threads(count)
+
+
 def usual_sizes(device: str) -> tuple[int, int]:
     """Calibration windows and their length where none are asked for: 128 x 2048 on a GPU, 32 x 512 on a CPU."""
     return (32, 512) if device == "cpu" else (128, 2048)
@@ -44,6 +54,22 @@ def check_dtype(name: str | None) -> None:
 def resident() -> float:
     """Resident set size of this process now."""
     return psutil.Process().memory_info().rss / 1e9
+
+
+def resident_parts() -> tuple[int, int]:
+    """Bytes of this process in memory now: its own, and mapped files (all as its own where the system tells no more).
+
+    Pages of a mapped file are shared with its other readers and given back when memory is short.
+    """
+    found = {}
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in ("RssAnon", "RssFile"):
+                found[name] = int(value.split()[0]) * 1024
+    if len(found) < 2:
+        return psutil.Process().memory_info().rss, 0
+    return found["RssAnon"], found["RssFile"]
 
 
 def reset_peak(device: str = "cpu") -> None:

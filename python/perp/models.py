@@ -43,15 +43,28 @@ def load(
     UserError, one sentence, for whatever does not give a complete, finite, decoder-only model with its tokenizer.
     """
     check_model(name, trust_remote_code)
-    source = _source(name)
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    model = load_weights(name, AutoModelForCausalLM, dtype, trust_remote_code).to(device)
+    check_finite(model, name)
+    _check_causal(model, name)
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the model `name`."""
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(_source(name), trust_remote_code=trust_remote_code)
         except Exception as error:  # each tokenizer fails in its own way; the remedy is one
             raise UserError(f"{name} has no usable tokenizer; put the model's tokenizer files beside it.") from error
+
+
+def load_weights(name: str, kind: Any, dtype: torch.dtype | str | None, trust_remote_code: bool = False) -> Any:
+    """The model `name` as a `kind` of model, an auto class or its own, complete and in eval mode."""
+    with quiet():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source,
+            model, report = kind.from_pretrained(
+                _source(name),
                 dtype=dtype or "auto",
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
@@ -62,10 +75,7 @@ def load(
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"{name} lacks {len(missing)} of its weights, such as {missing[0]}; use a complete checkpoint.")
-    model = model.eval().to(device)
-    check_finite(model, name)
-    _check_causal(model, name)
-    return model, tokenizer
+    return model.eval()
 
 
 def check_model(name: str, trust_remote_code: bool = False) -> None:

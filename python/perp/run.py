@@ -79,7 +79,7 @@ class _Job:
         self.model: Any
         self.tokenizer: Any
         self.load()
-        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model))
+        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed))
         for name, linear in all_prunable(self.model).items():
             pattern.check(linear.in_features, name)
         count = job.windows or machine.usual_sizes(self.device)[0]
@@ -204,7 +204,7 @@ class _Job:
             perplexity={row.stage: row.perplexity for row in found.rows},
             seconds={row.stage: row.seconds for row in found.rows},
         )
-        checkpoints.save(self.model, self.tokenizer, job.out, pruned.masks, content, job.overwrite)
+        checkpoints.save(self.model, self.tokenizer, job.out, pruned.masks, content, job.overwrite, job.packed)
 
 
 def _zeros(linears: Iterable[nn.Linear]) -> float:

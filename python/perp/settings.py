@@ -23,7 +23,8 @@ class RunSettings:
 
     `retrain` names the parts trained on the language-model loss (empty: none); `compare` the further lines measured:
     "pruned" (no recovery) and "dense-retrained" (the dense model trained on the same text). Learning rates left at None
-    are those that suit the parts. `data` is judged on its test part, `eval_data` whole.
+    are those that suit the parts. `data` is judged on its test part, `eval_data` whole. `packed` writes the packed
+    file beside the plain model.
     """
 
     model: str
@@ -53,6 +54,7 @@ class RunSettings:
     device: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+    packed: bool = False
 
     @property
     def title(self) -> str:

@@ -74,6 +74,13 @@ def test_new_rows_replace_those_of_their_op_and_device_only() -> None:
             [],
         ),
         (replace(ROW, ours=0.0, target=None), ["0"], ["met"]),
+        (
+            replace(ROW, op="generate", unit="tokens/s", better="higher", ours=12.0, target=6.0),
+            ["tokens per second", "ours / stable sort", "2.40x", "met (at least 6)"],
+            ["MiB", "at most"],
+        ),
+        (replace(ROW, unit="tokens/s", better="higher", ours=3.0), ["0.60x", "MISSED (at least 4)"], []),
+        (replace(ROW, op="generate", unit="bytes"), ["resident memory above the imports"], ["chained"]),
     ],
 )
 def test_table(row: Row, shown: list[str], hidden: list[str]) -> None:

@@ -65,7 +65,7 @@ def text(tmp_path_factory) -> Path:
 def test_help_of_everything_has_an_example_and_imports_nothing_heavy():
     code = (
         "import sys; from typer.testing import CliRunner; from perp.cli import app\n"
-        "for words in ([], ['run'], ['eval'], ['demo'], ['doctor']):\n"
+        "for words in ([], ['run'], ['eval'], ['generate'], ['pack'], ['demo'], ['doctor']):\n"
         "    result = CliRunner().invoke(app, [*words, '--help']); assert result.exit_code == 0, words\n"
         "    assert not words or f'perp {words[0]}' in result.output.split('Example:')[1], words\n"
         "assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
