@@ -1,5 +1,4 @@
 #include "cpu/parallel.h"
-#include "cpu/scratch.h"
 #include "cpu/segment.h"
 
 namespace perp {
