@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from perp.machine import peak, reset_peak, resident
+from perp_kernels.cpu import tiles
 
 NAMESPACE = "perp_kernels"
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -83,11 +84,17 @@ def storages(tree: Any) -> list[torch.UntypedStorage]:
 
 def extra_bytes(call: Callable[[], Any]) -> int:
     """Most bytes of torch storages alive at one time in `call`, beyond those alive before and those it returns."""
-    gc.collect()
+    _start_clean()
     with StorageTimeline() as timeline:
         result = call()
         kept = timeline.serials(result)
     return timeline.most_alive(excluded=kept)
+
+
+def _start_clean() -> None:
+    """Leave nothing behind from earlier calls, so that what a call takes again is counted."""
+    gc.collect()
+    tiles.release_memory()
 
 
 def native_extra_bytes(call: Callable[[], Any]) -> int:
@@ -96,7 +103,7 @@ def native_extra_bytes(call: Callable[[], Any]) -> int:
     Exact to a few pages for large allocations only; on other C libraries than glibc a lower bound.
     """
     call()
-    gc.collect()
+    _start_clean()
     # Memory that was freed but not given back would be used again without any growth.
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

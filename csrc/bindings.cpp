@@ -34,4 +34,5 @@ PYBIND11_MODULE(_C, m) {
 
   bind_pack(m);
   bind_weight(m);
+  bind_tile(m);
 }

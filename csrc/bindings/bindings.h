@@ -16,6 +16,7 @@ using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 void bind_pack(pybind11::module_& m);
 void bind_weight(pybind11::module_& m);
+void bind_tile(pybind11::module_& m);
 
 // The bits [rows, ceil(columns / 8)] of `index`; -1 takes any number of rows.
 Bits bits_of(const char* name, const View& index, std::int64_t rows, std::int64_t columns);

@@ -1,29 +1,51 @@
-"""The walk that the references of masked_lora_linear and scale_lora_linear share.
+"""What masked_lora_linear, scale_lora_linear and their merges have in common.
 
-Both multiply by an effective weight made of a packed W and the product P = B A of an adapter: W + scale * M * P, or
-W * P. A chunk of output rows at a time, that weight is formed, used and dropped, and so is the gradient by P.
+All multiply by an effective weight made of a packed W and the product P = B A of an adapter: W + scale * M * P, or
+W * P. A tile at a time, that weight is formed, used and dropped, and so is the gradient by P.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from perp_kernels.ops._rows import (
-    PackedRows,
-    accumulation_dtype,
-    add_product_,
-    clear_pruned_,
-    expert_spans,
-    row_chunks,
-)
+from perp_kernels.ops import _walk
+from perp_kernels.ops._rows import PackedRows, accumulation_dtype, clear_pruned_, row_chunks
+from perp_kernels.ops._walk import Tile
 
 
-class Effective(Protocol):
+class Adapted(Protocol):
+    """An effective weight in tiles: the implementations differ in nothing else."""
+
+    @property
+    def row_tiles(self) -> Sequence[Tile]:
+        """Tiles of whole rows, for products that sum over the columns."""
+        ...
+
+    @property
+    def sum_tiles(self) -> Sequence[Tile]:
+        """Tiles for the products of the backward pass, which sum over the rows."""
+        ...
+
+    def form(self, expert: int, tile: Tile) -> Tensor:
+        """That tile in the dtype of the values, 0 where pruned."""
+        ...
+
+    def fold(self, expert: int, tile: Tile, dy: Tensor, x: Tensor, dA: Tensor | None, dB: Tensor | None) -> None:
+        """Add to dA [r, columns] and dB [rows, r] what the gradient dy^T x by the tile comes to."""
+        ...
+
+    def store(self, expert: int, tile: Tile, W: Tensor) -> None:
+        """Overwrite the values of a tile of whole rows by W, which may be destroyed."""
+        ...
+
+
+class Effect(Protocol):
     """How W and P make the effective weight; both methods work on rows start..stop of w."""
 
     def rows(self, w: PackedRows, A: Tensor, B: Tensor, start: int, stop: int) -> Tensor:
@@ -60,37 +82,43 @@ class Scaled:
         return clear_pruned_(G.mul_(w.dense(start, stop)), w.mask(start, stop))
 
 
-def forward(
-    effective: Effective,
-    x: Tensor,
-    w: PackedRows,
-    shape: list[int],
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor | None,
-) -> Tensor:
+class ReferenceAdapted:
+    """An effective weight in plain torch, in tiles of whole rows."""
+
+    def __init__(self, effect: Effect, w: PackedRows, shape: list[int], A: Tensor, B: Tensor) -> None:
+        self._effect, self._w = effect, w
+        self._A, self._B = widened(A, B, shape, w.values.dtype)
+        self._N = shape[-2]
+        self.row_tiles = self.sum_tiles = _walk.row_tiles(row_chunks(*shape[-2:]), shape[-1])
+
+    def form(self, expert: int, tile: Tile) -> Tensor:
+        B = self._B[expert, tile.rows]
+        return self._effect.rows(self._w, self._A[expert], B, *self._bounds(expert, tile)).to(self._w.values.dtype)
+
+    def fold(self, expert: int, tile: Tile, dy: Tensor, x: Tensor, dA: Tensor | None, dB: Tensor | None) -> None:
+        G = (dy.t() @ x).to(self._A.dtype)
+        dP = self._effect.product_gradient_(self._w, G, *self._bounds(expert, tile))
+        if dA is not None:
+            dA.addmm_(self._B[expert, tile.rows].t(), dP)
+        if dB is not None:
+            dB.addmm_(dP, self._A[expert].t())
+
+    def store(self, expert: int, tile: Tile, W: Tensor) -> None:
+        self._w.store(*self._bounds(expert, tile), W)
+
+    def _bounds(self, expert: int, tile: Tile) -> tuple[int, int]:
+        return expert * self._N + tile.rows.start, expert * self._N + tile.rows.stop
+
+
+def forward(w: Adapted, x: Tensor, shape: list[int], bias: Tensor | None, offsets: Tensor | None) -> Tensor:
     """y [..., N] of x [..., K]."""
-    A, B = _widened(A, B, shape, x.dtype)
-    N, K = shape[-2:]
-    tokens = x.reshape(-1, K)
-    y = x.new_empty(len(tokens), N)
-    for expert, begin, end in expert_spans(shape, len(tokens), offsets):
-        first = expert * N
-        for start, stop in row_chunks(N, K):
-            W = effective.rows(w, A[expert], B[expert, start:stop], first + start, first + stop).to(x.dtype)
-            torch.mm(tokens[begin:end], W.t(), out=y[begin:end, start:stop])
-            del W  # before the next chunk is formed
-        if bias is not None:
-            y[begin:end] += bias.view(-1, N)[expert]
-    return y.view(*x.shape[:-1], N)
+    return _walk.multiply(x, shape, bias, offsets, w.row_tiles, w.form)
 
 
 def backward(
-    effective: Effective,
+    w: Adapted,
     grad_y: Tensor,
     x: Tensor | None,
-    w: PackedRows,
     shape: list[int],
     A: Tensor,
     B: Tensor,
@@ -102,33 +130,25 @@ def backward(
     x may be None where neither that of A nor that of B is asked for. That of the bias is in the accumulation dtype.
     """
     needs_x, needs_A, needs_B, needs_bias = needs
-    dtype, wide = w.values.dtype, accumulation_dtype(w.values.dtype)
-    A_wide, B_wide = _widened(A, B, shape, dtype)
     N, K = shape[-2:]
     dy = grad_y.reshape(-1, N)
-    dx = dy.new_zeros((len(dy), K) if needs_x else 0, dtype=wide)
-    dA = dy.new_zeros(A_wide.shape if needs_A else 0, dtype=wide)
-    dB = dy.new_zeros(B_wide.shape if needs_B else 0, dtype=wide)
-    dbias = dy.new_empty(shape[:-1] if needs_bias else 0, dtype=wide)
-    for expert, begin, end in expert_spans(shape, len(dy), offsets):
-        dy_e, A_e, first = dy[begin:end], A_wide[expert], expert * N
-        for start, stop in row_chunks(N, K):
-            dy_c, B_c, rows = dy_e[:, start:stop], B_wide[expert, start:stop], (first + start, first + stop)
-            if needs_x:
-                add_product_(dx[begin:end], dy_c, effective.rows(w, A_e, B_c, *rows).to(dtype))
-            if needs_A or needs_B:
-                assert x is not None
-                G = (dy_c.t() @ x.reshape(-1, K)[begin:end]).to(wide)
-                dP = effective.product_gradient_(w, G, *rows)
-                if needs_A:
-                    dA[expert].addmm_(B_c.t(), dP)
-                if needs_B:
-                    torch.mm(dP, A_e.t(), out=dB[expert, start:stop])
-                del G, dP  # before the next chunk is formed
-        if needs_bias:
-            dbias.view(-1, N)[expert] = dy_e.sum(0, dtype=wide)
-    dA, dB = dA.view(A.shape if needs_A else 0), dB.view(B.shape if needs_B else 0)
-    return dx.to(dtype), dA.to(A.dtype), dB.to(B.dtype), dbias
+    wide = accumulation_dtype(dy.dtype)
+    dx = _walk.multiply_transposed(dy, shape, offsets, w.sum_tiles, w.form) if needs_x else dy.new_empty(0)
+    dA = dy.new_zeros(A.shape if needs_A else 0, dtype=wide)
+    dB = dy.new_zeros(B.shape if needs_B else 0, dtype=wide)
+    if needs_A or needs_B:
+        assert x is not None
+        dA_e = dA.view(-1, *A.shape[-2:]) if needs_A else None
+        dB_e = dB.view(-1, *B.shape[-2:]) if needs_B else None
+
+        def fold(expert: int, tile: Tile, dy: Tensor, x: Tensor) -> None:
+            dA_t = None if dA_e is None else dA_e[expert, :, tile.columns]
+            dB_t = None if dB_e is None else dB_e[expert, tile.rows]
+            w.fold(expert, tile, dy, x, dA_t, dB_t)
+
+        _walk.fold_gradient(dy, x.reshape(-1, K), shape, offsets, w.sum_tiles, fold)
+    dbias = _walk.bias_gradient(dy, shape, offsets) if needs_bias else dy.new_empty(0, dtype=wide)
+    return dx, dA.to(A.dtype), dB.to(B.dtype), dbias
 
 
 def backward_fake(
@@ -152,19 +172,14 @@ def backward_fake(
     return dx, dA, dB, dbias
 
 
-def merge_(effective: Effective, w: PackedRows, shape: list[int], A: Tensor, B: Tensor) -> None:
-    """Overwrite the values by the effective weight, in the chunks of `forward` and hence to the same bits."""
-    A, B = _widened(A, B, shape, w.values.dtype)
-    N, K = shape[-2:]
-    for expert in range(len(A)):
-        first = expert * N
-        for start, stop in row_chunks(N, K):
-            W = effective.rows(w, A[expert], B[expert, start:stop], first + start, first + stop)
-            w.store(first + start, first + stop, W)
-            del W  # before the next chunk is formed
+def merge_(w: Adapted, shape: list[int]) -> None:
+    """Overwrite the values by the effective weight, in the tiles of `forward` and hence to the same bits."""
+    for expert in range(math.prod(shape[:-2])):
+        for tile in w.row_tiles:
+            w.store(expert, tile, w.form(expert, tile))
 
 
-def _widened(A: Tensor, B: Tensor, shape: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def widened(A: Tensor, B: Tensor, shape: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A [E, r, K] and B [E, N, r] in the accumulation dtype of `dtype`; a weight [N, K] is E = 1."""
     *experts, N, K = shape
     E, r, wide = math.prod(experts), A.shape[-2], accumulation_dtype(dtype)

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from perp_kernels.arrays import as_optional_tensor, as_tensor
 from perp_kernels.layouts import SparseWeight
 from perp_kernels.ops import _adapted
-from perp_kernels.ops._adapted import Added
+from perp_kernels.ops._adapted import Added, ReferenceAdapted
 from perp_kernels.ops._arguments import check_adapter, check_linear, wants_gradient
 from perp_kernels.ops._library import define
 from perp_kernels.ops._rows import PackedRows, linear_fake
@@ -47,8 +47,8 @@ def _forward(
     bias: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    w = PackedRows(values, index, row_ptr, layout, shape[-1])
-    return _adapted.forward(Added(scale), x, w, shape, A, B, bias, offsets)
+    w = ReferenceAdapted(Added(scale), PackedRows(values, index, row_ptr, layout, shape[-1]), shape, A, B)
+    return _adapted.forward(w, x, shape, bias, offsets)
 
 
 def _backward(
@@ -65,8 +65,8 @@ def _backward(
     offsets: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w = PackedRows(values, index, row_ptr, layout, shape[-1])
-    return _adapted.backward(Added(scale), grad_y, x, w, shape, A, B, offsets, needs)
+    w = ReferenceAdapted(Added(scale), PackedRows(values, index, row_ptr, layout, shape[-1]), shape, A, B)
+    return _adapted.backward(w, grad_y, x, shape, A, B, offsets, needs)
 
 
 _forward_op = define(

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from perp_kernels.ops import _adapted
+from perp_kernels.ops._adapted import Added, ReferenceAdapted, Scaled
 from perp_kernels.ops._library import define
 from perp_kernels.ops._rows import PackedRows
 
@@ -30,14 +31,14 @@ def _add(
     scale: float,
 ) -> None:
     w = PackedRows(values, index, row_ptr, layout, shape[-1])
-    _adapted.merge_(_adapted.Added(scale), w, shape, A, B)
+    _adapted.merge_(ReferenceAdapted(Added(scale), w, shape, A, B), shape)
 
 
 def _multiply(
     values: Tensor, index: Tensor, row_ptr: Tensor | None, layout: str, shape: list[int], A: Tensor, B: Tensor
 ) -> None:
     w = PackedRows(values, index, row_ptr, layout, shape[-1])
-    _adapted.merge_(_adapted.Scaled(), w, shape, A, B)
+    _adapted.merge_(ReferenceAdapted(Scaled(), w, shape, A, B), shape)
 
 
 def _fake(*arguments: Any) -> None:

@@ -10,8 +10,9 @@ the layout stores a zero for a pruned weight, its gradient is zero. Sums are for
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +21,50 @@ from torch.nn import functional as F
 
 from perp_kernels.arrays import as_optional_tensor, as_tensor
 from perp_kernels.layouts import SparseWeight
+from perp_kernels.ops import _walk
 from perp_kernels.ops._arguments import check_linear, wants_gradient
 from perp_kernels.ops._library import define, serve, unwatched
-from perp_kernels.ops._rows import PackedRows, accumulation_dtype, add_product_, expert_spans, linear_fake, row_chunks
+from perp_kernels.ops._rows import PackedRows, accumulation_dtype, linear_fake, row_chunks
+from perp_kernels.ops._walk import Tile
 
 
-def _decoded_chunks(N: int, K: int, layout: str) -> Iterable[tuple[int, int]]:
-    """Bounds of the rows to decode at a time: all of them in the layout dense, which needs no decoding."""
-    return [(0, N)] if layout == "dense" else row_chunks(N, K)
+class Decoded(Protocol):
+    """A packed weight in tiles, without an adapter: the implementations of the backward pass differ in nothing else."""
+
+    @property
+    def sum_tiles(self) -> Sequence[Tile]:
+        """Tiles for a product that sums over the rows."""
+        ...
+
+    @property
+    def row_tiles(self) -> Sequence[Tile]:
+        """Tiles of whole rows."""
+        ...
+
+    def form(self, expert: int, tile: Tile) -> Tensor:
+        """That tile, 0 where pruned."""
+        ...
+
+    def fold(self, expert: int, tile: Tile, dy: Tensor, x: Tensor, dvalues: Tensor) -> None:
+        """Store the gradient dy^T x by a tile of whole rows in its places of dvalues, shaped as the values are."""
+        ...
+
+
+class _ReferenceDecoded:
+    def __init__(self, w: PackedRows, shape: list[int]) -> None:
+        self._w, self._N = w, shape[-2]
+        N, K = shape[-2:]
+        self.row_tiles = _walk.row_tiles(row_chunks(N, K), K)
+        # The layout dense needs no decoding.
+        self.sum_tiles = _walk.row_tiles([(0, N)], K) if w.layout == "dense" else self.row_tiles
+
+    def form(self, expert: int, tile: Tile) -> Tensor:
+        return self._w.dense(expert * self._N + tile.rows.start, expert * self._N + tile.rows.stop)
+
+    def fold(self, expert: int, tile: Tile, dy: Tensor, x: Tensor, dvalues: Tensor) -> None:
+        first = expert * self._N
+        dw = replace(self._w, values=dvalues)
+        dw.store(first + tile.rows.start, first + tile.rows.stop, dy.t() @ x)
 
 
 def _forward(
@@ -40,19 +77,10 @@ def _forward(
     bias: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    N, K = shape[-2:]
     if layout == "dense" and offsets is None and (bias is None or bias.dtype == x.dtype):
         return F.linear(x, values, bias)
-    w = PackedRows(values, index, row_ptr, layout, K)
-    tokens = x.reshape(-1, K)
-    y = x.new_empty(len(tokens), N)
-    for expert, begin, end in expert_spans(shape, len(tokens), offsets):
-        for start, stop in _decoded_chunks(N, K, layout):
-            W = w.dense(expert * N + start, expert * N + stop)
-            torch.mm(tokens[begin:end], W.t(), out=y[begin:end, start:stop])
-        if bias is not None:
-            y[begin:end] += bias.view(-1, N)[expert]
-    return y.view(*x.shape[:-1], N)
+    w = _ReferenceDecoded(PackedRows(values, index, row_ptr, layout, shape[-1]), shape)
+    return _walk.multiply(x, shape, bias, offsets, w.sum_tiles, w.form)
 
 
 def _backward(
@@ -66,6 +94,19 @@ def _backward(
     offsets: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    w = _ReferenceDecoded(PackedRows(values, index, row_ptr, layout, shape[-1]), shape)
+    return backward(w, grad_y, x, values, shape, offsets, needs)
+
+
+def backward(
+    w: Decoded,
+    grad_y: Tensor,
+    x: Tensor | None,
+    values: Tensor,
+    shape: list[int],
+    offsets: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x [T, K], values and bias, each empty where `needs` does not ask for it.
 
     x may be None where that of values is not asked for. That of the bias is in the accumulation dtype.
@@ -73,25 +114,18 @@ def _backward(
     needs_x, needs_values, needs_bias = needs
     N, K = shape[-2:]
     dy = grad_y.reshape(-1, N)
+    dx = _walk.multiply_transposed(dy, shape, offsets, w.sum_tiles, w.form) if needs_x else dy.new_empty(0)
+    dvalues = values.new_zeros(values.shape if needs_values else 0)
+    if needs_values:
+        assert x is not None
+
+        def fold(expert: int, tile: Tile, dy: Tensor, x: Tensor) -> None:
+            w.fold(expert, tile, dy, x, dvalues)
+
+        _walk.fold_gradient(dy, x.reshape(-1, K), shape, offsets, w.row_tiles, fold)
     wide = accumulation_dtype(values.dtype)
-    # In the layout dense, dx is a single product; elsewhere it is a sum over chunks.
-    dx = values.new_zeros((len(dy), K) if needs_x else 0, dtype=values.dtype if layout == "dense" else wide)
-    dvalues = values.new_empty(values.shape if needs_values else 0)
-    dbias = values.new_empty(shape[:-1] if needs_bias else 0, dtype=wide)
-    w, dw = (PackedRows(v, index, row_ptr, layout, K) for v in (values, dvalues))
-    for expert, begin, end in expert_spans(shape, len(dy), offsets):
-        dy_e, first = dy[begin:end], expert * N
-        if needs_x:
-            for start, stop in _decoded_chunks(N, K, layout):
-                add_product_(dx[begin:end], dy_e[:, start:stop], w.dense(first + start, first + stop))
-        if needs_values:
-            assert x is not None
-            x_e = x.reshape(-1, K)[begin:end]
-            for start, stop in row_chunks(N, K):
-                dw.store(first + start, first + stop, dy_e[:, start:stop].t() @ x_e)
-        if needs_bias:
-            dbias.view(-1, N)[expert] = dy_e.sum(0, dtype=wide)
-    return dx.to(values.dtype), dvalues, dbias
+    dbias = _walk.bias_gradient(dy, shape, offsets) if needs_bias else dy.new_empty(0, dtype=wide)
+    return dx, dvalues, dbias
 
 
 def _backward_fake(

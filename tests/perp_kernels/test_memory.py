@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from perp_kernels import masked_lora_linear, sparse_linear
+from perp_kernels import backend, cpu, masked_lora_linear, sparse_linear
+from perp_kernels.cpu import tiles
 from perp_kernels.ops import _rows
 
 from .oracles import LAYOUTS, normal, random_weight
@@ -22,6 +23,7 @@ DEPTH, SIZE, TOKENS, RANK = 8, 768, 64, 16
 def peak_bytes(run: Callable[[], object]) -> int:
     """Most bytes that `run` held at once beyond what was alive before it."""
     gc.collect()
+    tiles.release_memory()  # what a kernel keeps from earlier calls counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         kept = run()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -61,18 +63,24 @@ def test_the_account_sees_what_is_held_and_freed() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_masked_lora_needs_a_quarter_of_the_published_layer(layout: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kernel,part", [("reference", 4), ("cpu", 8)])
+def test_masked_lora_needs_a_part_of_the_published_layer(
+    layout: str, dtype: torch.dtype, kernel: str, part: int
+) -> None:
+    if kernel == "cpu" and not cpu.available:
+        pytest.skip(cpu.why)
     weight, _, w = random_weight((SIZE, SIZE), layout, dtype)
     x = normal(TOKENS, SIZE, dtype=dtype).requires_grad_()
     trained = [
         [(normal(RANK, SIZE) / SIZE).to(dtype).requires_grad_(), normal(SIZE, RANK).to(dtype).requires_grad_()]
         for _ in range(DEPTH)
     ]
-    ours = extra_bytes(lambda x, A, B: masked_lora_linear(x, w, A, B, 2.0), x, trained)
+    with backend(kernel):
+        ours = extra_bytes(lambda x, A, B: masked_lora_linear(x, w, A, B, 2.0), x, trained)
     published = extra_bytes(lambda x, A, B: F.linear(x, weight + 2.0 * (B @ A).masked_fill(weight == 0, 0)), x, trained)
     # What the published layer holds at least: the effective weight and a bool mask of every layer.
     assert published > DEPTH * SIZE * SIZE * (dtype.itemsize + 1)
-    assert ours <= published / 4
+    assert ours <= published / part
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -107,6 +107,21 @@ def test_leading_dimensions_and_strided_inputs(path: str) -> None:
         assert_as_good_as_torch(y.view(-1, 6), x.reshape(-1, 36), dense, None)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("layout", ["bitmap", "semi24"])
+def test_experts_take_their_own_tokens(path: str, layout: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(cpu.sparse_linear, "FUSED_TOKENS", dict.fromkeys(DTYPES, 0))
+    (values, index, row_ptr), dense = packed((3 * 11, 140), torch.float32, layout)
+    x, bias, ends = torch.randn(17, 140), torch.randn(3, 11), [9, 9, 17]
+    y = sparse_linear(x, values, index, row_ptr, layout, [3, 11, 140], bias, torch.tensor(ends))
+    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        rows = dense[11 * expert : 11 * (expert + 1)]
+        assert_as_good_as_torch(y[begin:end], x[begin:end], rows, bias[expert])
+    with pytest.raises(ValueError, match="Offsets must rise"):
+        sparse_linear(x, values, index, row_ptr, layout, [3, 11, 140], bias, torch.tensor([9, 8, 17]))
+
+
 def test_infinite_and_nan_inputs_reach_the_output(path: str) -> None:
     components, dense = packed((5, 140), torch.bfloat16, "bitmap", kept=1.0)
     for value in (float("inf"), float("nan")):
