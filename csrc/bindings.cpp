@@ -19,6 +19,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("active_path", &active_path);
   m.def("max_threads", &max_threads);
 
+  bind_gram(m);
   bind_pack(m);
+  bind_select(m);
+  bind_sparsegpt(m);
   bind_weight(m);
 }

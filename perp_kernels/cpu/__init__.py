@@ -1,6 +1,6 @@
 """The native CPU kernels: one module per op, each of which registers itself, over the extension `perp_kernels._C`."""
 
-from perp_kernels.cpu import pack, sparse_linear
+from perp_kernels.cpu import gram, pack, select, sparse_linear, sparsegpt
 from perp_kernels.cpu.native import active_path, available, cpu_features, set_path, why
 
 __all__ = ["active_path", "available", "cpu_features", "pack", "set_path", "sparse_linear", "why"]
