@@ -18,9 +18,8 @@ namespace {
 constexpr int kTileRows = 8;
 constexpr int kPanel = 48;
 
-// Words of each column in one step: a panel's 24 KB stay in L1 while the rows of a block pass by.
-constexpr std::int64_t kDepth = 128;
-constexpr std::int64_t kStep = kDepth * kPanel;
+// Tokens in one step: a panel's 24 KB stay in L1 while the rows of a block pass by, and no chain of roundings is longer.
+constexpr std::int64_t kTokens = 128;
 
 // Words packed at a time: 16 MB, which leaves half of the smallest L3 of these CPUs to H.
 constexpr std::int64_t kPacked = 4 << 20;
@@ -31,6 +30,9 @@ constexpr int kSide = 4;
 // A word is one fp32 element, or two bf16 of neighbouring tokens, which dpbf16 multiplies and adds at once.
 template <class T>
 constexpr std::int64_t kTokensPerWord = std::is_same_v<T, bf16> ? 2 : 1;
+
+template <class T>
+constexpr std::int64_t kDepth = kTokens / kTokensPerWord<T>;  // words of each column in one step
 
 PERP_AVX512 __m512i words(const float* x, const float*, __mmask16 some, __mmask16) {
   return _mm512_maskz_loadu_epi32(some, x);
@@ -46,23 +48,24 @@ PERP_AVX512 __m512i words(const bf16* x, const bf16* next, __mmask16 some, __mma
 
 // What has been packed: steps of kDepth words, in each step the panels, in each panel words of kPanel columns. Columns
 // beyond the last are zero.
+template <class T>
 struct Packed {
   std::uint32_t* data;
   std::int64_t panels;
   std::int64_t words;
 
-  std::uint32_t* panel(std::int64_t step, std::int64_t p) const { return data + (step * panels + p) * kStep; }
+  std::uint32_t* panel(std::int64_t step, std::int64_t p) const { return data + (step * panels + p) * kDepth<T> * kPanel; }
 };
 
 // Packs panels [begin, end) of the tokens from `first` on.
 template <class T>
-PERP_AVX512 void pack(const Tokens& x, std::int64_t first, const Packed& out, std::int64_t begin, std::int64_t end) {
+PERP_AVX512 void pack(const Tokens& x, std::int64_t first, const Packed<T>& out, std::int64_t begin, std::int64_t end) {
   for (std::int64_t w = 0; w < out.words; ++w) {
     const std::int64_t token = first + w * kTokensPerWord<T>;
     const bool paired = token + 1 < x.count;
     const T* row = static_cast<const T*>(x.data) + token * x.stride;
     for (std::int64_t p = begin; p < end; ++p) {
-      std::uint32_t* to = out.panel(w / kDepth, p) + w % kDepth * kPanel;
+      std::uint32_t* to = out.panel(w / kDepth<T>, p) + w % kDepth<T> * kPanel;
       for (std::int64_t v = 0; v < kPanel; v += 16) {
         const std::int64_t column = p * kPanel + v, left = std::clamp<std::int64_t>(x.columns - column, 0, 16);
         const auto some = static_cast<__mmask16>((1u << left) - 1);
@@ -131,18 +134,18 @@ PERP_AVX512 void add(float* H, std::int64_t K, std::int64_t row, std::int64_t co
 
 // The block of H at panels (rows, columns), `side` of them each way: its sums over all that is packed, then one addition.
 template <class T>
-PERP_AVX512 void block(float* H, std::int64_t K, const Packed& packed, std::int64_t rows, std::int64_t columns, int side) {
+PERP_AVX512 void block(float* H, std::int64_t K, const Packed<T>& packed, std::int64_t rows, std::int64_t columns, int side) {
   using C = Codec<std::conditional_t<std::is_same_v<T, bf16>, bf16, float>>;
   thread_local Scratch scratch;
   const std::int64_t pitch = side * kPanel;
   float* sums = scratch.get<float>(pitch * pitch);
   std::memset(sums, 0, pitch * pitch * sizeof(float));
   const std::int64_t last_row = std::min(rows + side, packed.panels), last_column = std::min(columns + side, packed.panels);
-  for (std::int64_t first = 0; first < packed.words; first += kDepth) {
-    const std::int64_t depth = std::min(kDepth, packed.words - first), step = first / kDepth;
+  for (std::int64_t first = 0; first < packed.words; first += kDepth<T>) {
+    const std::int64_t depth = std::min(kDepth<T>, packed.words - first), step = first / kDepth<T>;
     for (std::int64_t c = columns; c < last_column; ++c) {
       for (std::int64_t r = rows; r < std::min(last_row, c + 1); ++r) {
-        if (first + kDepth >= packed.words) {
+        if (first + kDepth<T> >= packed.words) {
           fetch(H, K, r * kPanel, c * kPanel);
           fetch(H, K, c * kPanel, r * kPanel);
         }
@@ -164,11 +167,11 @@ template <class T>
 void gram_of(float* H, const Tokens& x) {
   thread_local Scratch scratch;
   const std::int64_t panels = (x.columns + kPanel - 1) / kPanel;
-  const std::int64_t most = std::max<std::int64_t>(1, kPacked / (panels * kStep)) * kDepth * kTokensPerWord<T>;
+  const std::int64_t most = std::max<std::int64_t>(1, kPacked / (panels * kDepth<T> * kPanel)) * kTokens;
   for (std::int64_t first = 0; first < x.count; first += most) {
     const std::int64_t words = (std::min(most, x.count - first) + kTokensPerWord<T> - 1) / kTokensPerWord<T>;
-    const std::int64_t steps = (words + kDepth - 1) / kDepth;
-    const Packed packed{scratch.get<std::uint32_t>(steps * panels * kStep), panels, words};
+    const std::int64_t steps = (words + kDepth<T> - 1) / kDepth<T>;
+    const Packed<T> packed{scratch.get<std::uint32_t>(steps * panels * kDepth<T> * kPanel), panels, words};
     parallel_ranges(panels, 1 + (1 << 16) / (words * kPanel),
                     [&](std::int64_t begin, std::int64_t end) { pack<T>(x, first, packed, begin, end); });
 

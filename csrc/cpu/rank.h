@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cpu/convert.h"
+#include "view.h"
 
 #define PERP_INLINE inline __attribute__((always_inline))
 
@@ -107,6 +108,20 @@ PERP_INLINE void write_mask(const Key* __restrict keys, std::int64_t count, Cut<
       if (keys[j] == key && cut.ties-- <= 0) kept[j] = 1;
     }
   }
+}
+
+template <class T>
+struct As {
+  using type = T;
+};
+
+// body(As<T>()) for the type T of the scores.
+template <class Body>
+auto with_scores(DType dtype, const Body& body) {
+  if (dtype == DType::bf16) return body(As<bf16>());
+  if (dtype == DType::f16) return body(As<f16>());
+  if (dtype == DType::f64) return body(As<double>());
+  return body(As<float>());
 }
 
 }  // namespace perp

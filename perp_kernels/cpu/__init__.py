@@ -3,4 +3,15 @@
 from perp_kernels.cpu import gram, pack, select, sparse_linear, sparsegpt
 from perp_kernels.cpu.native import active_path, available, cpu_features, set_path, why
 
-__all__ = ["active_path", "available", "cpu_features", "pack", "set_path", "sparse_linear", "why"]
+__all__ = [
+    "active_path",
+    "available",
+    "cpu_features",
+    "gram",
+    "pack",
+    "select",
+    "set_path",
+    "sparse_linear",
+    "sparsegpt",
+    "why",
+]

@@ -13,6 +13,7 @@ from perp_kernels.pattern import Pattern
 def sparsegpt_block_(W: Tensor, U: Tensor, pattern: str, errors: Tensor, kept: Tensor) -> None:
     """Prunes and compensates the columns W [N, b] in place, the contract of perp_kernels.ops.sparsegpt."""
     parsed, extension = Pattern.parse(pattern), native.extension()
+    U = U.contiguous()
     block = native.view("W", W), native.view("U", U)
     results = native.view("errors", errors), native.view("kept", kept.view(torch.uint8))
     if parsed.m is not None and parsed.n is not None:

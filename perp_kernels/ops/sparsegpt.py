@@ -111,8 +111,8 @@ sparsegpt_block_ = define(
     _block_reference,
     _block_fake,
 )
-"""Step 4 within one block: prune its columns W [N, b] in place under U [b, b], and write their errors [N, b] and the mask
-kept [N, b]. All but U may be columns of wider matrices."""
+"""Step 4 within one block: prune its columns W [N, b] in place under U [b, b], write their errors [N, b] and the mask
+[N, b] of what is kept. W, errors and kept may be columns of wider matrices."""
 
 
 def _matrix(weight: Tensor, H: Tensor, pattern: Pattern, damp: float, block_size: int) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def _matrix(weight: Tensor, H: Tensor, pattern: Pattern, damp: float, block_size
             stop = min(start + block_size, last)
             block = slice(start, stop)
             e = errors[:, start - first : stop - first]
-            sparsegpt_block_(W[:, block], U[block, block].contiguous(), str(pattern), e, kept[:, block])
+            sparsegpt_block_(W[:, block], U[block, block], str(pattern), e, kept[:, block])
             W[:, stop:last].addmm_(e, U[block, stop:last], alpha=-1)
         W[:, last:].addmm_(errors[:, : last - first], U[first:last, last:], alpha=-1)
     return W.to(weight.dtype), kept
