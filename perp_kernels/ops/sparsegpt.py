@@ -34,23 +34,19 @@ from perp_kernels.ops._rows import accumulation_dtype
 from perp_kernels.ops.select import keep_highest
 from perp_kernels.pattern import Pattern, PatternError
 
-# Columns whose errors are held until those further right are updated.
-_RUN = 512
 
-# Triangles up to this size are inverted by a solve.
-_LEAF = 256
+def reversed_factor(H: Tensor, dtype: torch.dtype, damp: float) -> Tensor:
+    """L lower triangular: R, which is L reversed in rows and columns, is upper triangular and R R^T is H as steps 1 and
+    2 make it, so that R^-1 is the U of the contract.
 
-
-def inverse_factor(H: Tensor, damp: float) -> Tensor:
-    """U upper triangular with (H + damp * mean(diag H) * I)^-1 = U^T U.
-
-    Reversed in rows and columns, H = L L^T reads H = R R^T with R upper triangular, so that H^-1 = R^-T R^-1 and
-    U = R^-1: one factorisation and one triangular inverse, where forming H^-1 first takes two factorisations.
+    It is L L^T that is H reversed, which takes one Cholesky factorisation.
     """
-    mean, asked = H.diagonal().mean(), damp
+    asked = damp
     while True:
-        reversed_H = H.flip(0, 1)
-        reversed_H.diagonal().add_(damp * mean)
+        reversed_H = H.to(dtype).flip(0, 1)
+        diagonal = reversed_H.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal.add_(damp * diagonal.mean())
         L, failed = torch.linalg.cholesky_ex(reversed_H)
         if not bool(failed):
             break
@@ -59,21 +55,12 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
             raise ValueError("H is not positive semi-definite: it is not a Gram matrix X^T X of finite activations.")
     if damp != asked:
         warnings.warn(f"The Cholesky factorisation of H failed at damp={asked:g}; used damp={damp:g}.", stacklevel=2)
-    return _inverse_(L).flip(0, 1)
-
-
-def _inverse_(L: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix in place: a third of the work of solving for the identity."""
-    n = len(L)
-    if n <= _LEAF:
-        return L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
-    half = n // 2
-    first, corner, last = L[:half, :half], L[half:, :half], L[half:, half:]
-    corner.copy_(torch.linalg.solve_triangular(first, corner, upper=False, left=False))
-    corner.copy_(torch.linalg.solve_triangular(last, corner.neg_(), upper=False))
-    _inverse_(first)
-    _inverse_(last)
     return L
+
+
+def inverse(R: Tensor) -> Tensor:
+    """The inverse of a small upper triangular matrix."""
+    return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
 
 
 def _block_reference(W: Tensor, U: Tensor, pattern: str, errors: Tensor, kept: Tensor) -> None:
@@ -116,35 +103,36 @@ sparsegpt_block_ = define(
 
 
 def _matrix(weight: Tensor, H: Tensor, pattern: Pattern, damp: float, block_size: int) -> tuple[Tensor, Tensor]:
+    """One matrix, by R = U^-1 alone.
+
+    With E the errors and D the change of the columns done so far, D = E U[done, done]; and U[done, b] =
+    -U[done, done] R[done, b] U[b, b] for a block b to come. So b is owed -E U[done, b] = D R[done, b] U[b, b], and of
+    the inverse only the diagonal blocks are formed, each from that block of R.
+    """
     N, K = weight.shape
     dtype = accumulation_dtype(weight.dtype)
     W = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    H = H.to(dtype, copy=True)
-    dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1
-    W[:, dead] = 0
-    U = inverse_factor(H, damp)
-    del H
-    kept = torch.empty(W.shape, dtype=torch.bool, device=W.device)
-    # The columns right of a run of blocks are updated once for the run, which reads and writes them less often.
-    run = max(1, _RUN // block_size) * block_size
-    errors = W.new_empty(N, min(run, K))
-    for first in range(0, K, run):
-        last = min(first + run, K)
-        for start in range(first, last, block_size):
-            stop = min(start + block_size, last)
-            block = slice(start, stop)
-            e = errors[:, start - first : stop - first]
-            sparsegpt_block_(W[:, block], U[block, block], str(pattern), e, kept[:, block])
-            W[:, stop:last].addmm_(e, U[block, stop:last], alpha=-1)
-        W[:, last:].addmm_(errors[:, : last - first], U[first:last, last:], alpha=-1)
+    W[:, H.diagonal() == 0] = 0
+    L = reversed_factor(H, dtype, damp)
+    change, kept = torch.empty_like(W), torch.empty(W.shape, dtype=torch.bool, device=W.device)
+    errors = W.new_empty(N, min(block_size, K))
+    for start in range(0, K, block_size):
+        stop = min(start + block_size, K)
+        block = slice(start, stop)
+        R = L[K - stop :, K - stop : K - start].flip(0, 1)  # R[:stop, block]
+        columns, U = W[:, block], inverse(R[start:])
+        change[:, block] = columns
+        columns.addmm_(change[:, :start], R[:start] @ U)
+        sparsegpt_block_(columns, U, str(pattern), errors[:, : len(U)], kept[:, block])
+        change[:, block] -= columns
     return W.to(weight.dtype), kept
 
 
 def solve(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int) -> tuple[Tensor, Tensor]:
     """The op, whichever implementation serves `sparsegpt_block_`."""
     for name, tensor in (("weight", weight), ("H", H)):
-        if not bool(tensor.isfinite().all()):
+        # A NaN makes both extremes NaN; a mask of what is finite would take four passes.
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise ValueError(f"The {name} holds NaN or infinity: check the model and the calibration activations.")
     parsed = Pattern.parse(pattern)
     if parsed.m is not None:
