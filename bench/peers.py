@@ -84,19 +84,26 @@ def sparsegpt(weight: Tensor, H: Tensor, pattern: Pattern, damp: float = 0.01) -
     mask = torch.ones(rows, columns, dtype=torch.bool)
     for start in range(0, columns, SLAB):
         end = min(start + SLAB, columns)
-        block, U = W[:, start:end].clone(), inverse[start:end, start:end]
-        errors = torch.zeros_like(block)
-        group = pattern.m or end - start
-        for j in range(end - start):
-            if j % group == 0:
-                ahead = slice(j, j + group)
-                mask[:, start:end][:, ahead] = select(
-                    block[:, ahead] ** 2 / U.diagonal()[ahead] ** 2, pattern.with_scope("matrix")
-                )
-            pruned = torch.where(mask[:, start + j], block[:, j], 0)
-            errors[:, j] = (block[:, j] - pruned) / U[j, j]
-            block[:, j:] -= errors[:, j : j + 1] @ U[j : j + 1, j:]
-            block[:, j] = pruned
-        W[:, start:end] = block
+        errors, mask[:, start:end] = sparsegpt_block(W[:, start:end], inverse[start:end, start:end], pattern)
         W[:, end:] -= errors @ inverse[start:end, end:]
     return W.to(weight.dtype), mask
+
+
+def sparsegpt_block(W: Tensor, U: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """The column loop of `sparsegpt` over W [N, b], pruned in place, under the block U [b, b] of the factor.
+
+    Returns the errors [N, b] that the columns to the right are owed, and the mask [N, b].
+    """
+    block, width = W.clone(), W.shape[1]
+    errors, mask = torch.zeros_like(block), torch.ones(block.shape, dtype=torch.bool)
+    group = pattern.m or width
+    for j in range(width):
+        if j % group == 0:
+            ahead = slice(j, j + group)
+            mask[:, ahead] = select(block[:, ahead] ** 2 / U.diagonal()[ahead] ** 2, pattern.with_scope("matrix"))
+        pruned = torch.where(mask[:, j], block[:, j], 0)
+        errors[:, j] = (block[:, j] - pruned) / U[j, j]
+        block[:, j:] -= errors[:, j : j + 1] @ U[j : j + 1, j:]
+        block[:, j] = pruned
+    W.copy_(block)
+    return errors, mask

@@ -32,7 +32,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("max_threads", &max_threads);
   m.def("read_words", &read_words_checked, arg("buffer"), Release());
 
+  bind_gram(m);
   bind_pack(m);
+  bind_select(m);
+  bind_sparsegpt(m);
   bind_weight(m);
   bind_tile(m);
 }

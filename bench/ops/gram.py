@@ -10,7 +10,7 @@ from torch import Tensor
 import perp_kernels as pk
 from bench import peers
 from bench.inputs import check_close, generator, normal
-from bench.registry import Case, Op, Work
+from bench.registry import Case, Op, Target, Work
 
 PRODUCT = "full product"
 
@@ -35,7 +35,7 @@ def check(arguments: Arguments) -> None:
     check_close(["the Gram"], [mine], [plain], [x.T @ x])
 
 
-def case(T: int, K: int, dtype: torch.dtype, quick: bool = False) -> Case:
+def case(T: int, K: int, dtype: torch.dtype, targets: tuple[Target, ...] = (), quick: bool = False) -> Case:
     return Case(
         op="gram_",
         shape=f"T={T} K={K}",
@@ -46,6 +46,7 @@ def case(T: int, K: int, dtype: torch.dtype, quick: bool = False) -> Case:
         # H is symmetric: half of the 2 T K² of a full product.
         work=Work(bytes=T * K * dtype.itemsize + 2 * K * K * 4, flops=T * K * (K + 1)),
         check=check,
+        targets=targets,
         quick=quick,
     )
 
@@ -55,8 +56,10 @@ OPS = [
         "gram_",
         [
             case(512, 576, torch.float32, quick=True),
-            *(case(2048, K, dtype) for dtype in (torch.float32, torch.bfloat16) for K in (576, 1536, 4096)),
+            *(case(2048, K, dtype) for dtype in (torch.float32, torch.bfloat16) for K in (576, 1536)),
+            case(2048, 4096, torch.float32, (Target(PRODUCT, 1 / 1.6),)),
+            case(2048, 4096, torch.bfloat16),
         ],
-        tests=("test_gram.py",),
+        tests=("test_gram.py", "test_native_gram.py"),
     )
 ]

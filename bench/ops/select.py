@@ -32,6 +32,6 @@ OPS = [
     Op(
         "select",
         [case(576, 1536, "0.5/row", quick=True), *(case(4096, 4096, text) for text in PATTERNS)],
-        tests=("test_select.py",),
+        tests=("test_select.py", "test_native_select.py"),
     )
 ]

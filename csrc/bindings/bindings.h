@@ -14,7 +14,10 @@ namespace perp {
 
 using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
 
+void bind_gram(pybind11::module_& m);
 void bind_pack(pybind11::module_& m);
+void bind_select(pybind11::module_& m);
+void bind_sparsegpt(pybind11::module_& m);
 void bind_weight(pybind11::module_& m);
 void bind_tile(pybind11::module_& m);
 

@@ -20,6 +20,7 @@ from perp_kernels.ops._library import define
 from perp_kernels.pattern import Pattern
 
 SLAB = 128
+NAN = "Scores hold NaN, which has no rank: check the weights and the calibration statistics."
 
 # Scores ranked at once: bounds the temporaries, some ten bytes a score.
 _AT_ONCE = 1 << 20
@@ -54,7 +55,7 @@ def _matrix(scores: Tensor, pattern: Pattern) -> Tensor:
 
 def _reference(scores: Tensor, pattern: str) -> Tensor:
     if bool(scores.isnan().any()):
-        raise ValueError("Scores hold NaN, which has no rank: check the weights and the calibration statistics.")
+        raise ValueError(NAN)
     parsed = Pattern.parse(pattern)
     if scores.dim() == 3:
         return torch.stack([_matrix(matrix, parsed) for matrix in scores])

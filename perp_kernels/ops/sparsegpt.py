@@ -35,17 +35,19 @@ from perp_kernels.ops.select import keep_highest
 from perp_kernels.pattern import Pattern, PatternError
 
 
-def _inverse_factor(H: Tensor, damp: float) -> Tensor:
-    """U upper triangular with (H + damp * mean(diag H) * I)^-1 = U^T U.
+def reversed_factor(H: Tensor, dtype: torch.dtype, damp: float) -> Tensor:
+    """L lower triangular: R, which is L reversed in rows and columns, is upper triangular and R R^T is H as steps 1 and
+    2 make it, so that R^-1 is the U of the contract.
 
-    Reversed in rows and columns, H = L L^T reads H = R R^T with R upper triangular, so that H^-1 = R^-T R^-1 and
-    U = R^-1: one factorisation and one triangular solve, where forming H^-1 first takes two factorisations.
+    It is L L^T that is H reversed, which takes one Cholesky factorisation.
     """
-    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    mean = H.diagonal().mean()
     asked = damp
     while True:
-        L, failed = torch.linalg.cholesky_ex((H + damp * mean * identity).flip(0, 1))
+        reversed_H = H.to(dtype).flip(0, 1)
+        diagonal = reversed_H.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal.add_(damp * diagonal.mean())
+        L, failed = torch.linalg.cholesky_ex(reversed_H)
         if not bool(failed):
             break
         damp = max(0.01, 10 * damp)
@@ -53,58 +55,84 @@ def _inverse_factor(H: Tensor, damp: float) -> Tensor:
             raise ValueError("H is not positive semi-definite: it is not a Gram matrix X^T X of finite activations.")
     if damp != asked:
         warnings.warn(f"The Cholesky factorisation of H failed at damp={asked:g}; used damp={damp:g}.", stacklevel=2)
-    return torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
+    return L
 
 
-def _block_mask(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Mask of the scores of a block, both [columns, rows]."""
-    by_row = scores.t()
-    if pattern.scope == "row":
-        return keep_highest(by_row, pattern.pruned(by_row.shape[1])).t()
-    return keep_highest(by_row.reshape(1, -1), pattern.pruned(by_row.numel())).view(by_row.shape).t()
+def inverse(R: Tensor) -> Tensor:
+    """The inverse of a small upper triangular matrix."""
+    return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
 
 
-def _prune_block(W: Tensor, U: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Prune the columns W [b, N] of a block in place under U [b, b]; returns the errors and the mask, both [b, N]."""
-    b, N = W.shape
+def _block_reference(W: Tensor, U: Tensor, pattern: str, errors: Tensor, kept: Tensor) -> None:
+    parsed, (N, b) = Pattern.parse(pattern), W.shape
     d = U.diagonal()
-    errors = torch.empty_like(W)
-    if pattern.is_nm:
-        kept = torch.empty(b, N, dtype=torch.bool, device=W.device)
-    else:
-        kept = _block_mask((W / d[:, None]).square(), pattern).contiguous()
+    # Columns are the unit of work: transposed, each is contiguous.
+    columns = W.t().contiguous()
+    column_errors = torch.empty_like(columns)
+    masks = torch.empty(b, N, dtype=torch.bool, device=W.device)
+    if not parsed.is_nm:
+        scores = (W / d).square()
+        if parsed.scope == "row":
+            masks.copy_(keep_highest(scores, parsed.pruned(b)).t())
+        else:
+            masks.copy_(keep_highest(scores.view(1, -1), parsed.pruned(scores.numel())).view(N, b).t())
     for j in range(b):
-        if pattern.m is not None and pattern.n is not None and j % pattern.m == 0:
-            group = slice(j, j + pattern.m)
-            scores = (W[group] / d[group, None]).square()
-            kept[group] = keep_highest(scores.t().contiguous(), pattern.m - pattern.n).t()
-        torch.div(W[j].masked_fill(kept[j], 0), d[j], out=errors[j])
-        W[j].masked_fill_(~kept[j], 0)
-        W[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
-    return errors, kept
+        if parsed.m is not None and parsed.n is not None and j % parsed.m == 0:
+            group = slice(j, j + parsed.m)
+            scores = (columns[group] / d[group, None]).square()
+            masks[group] = keep_highest(scores.t().contiguous(), parsed.m - parsed.n).t()
+        torch.div(columns[j].masked_fill(masks[j], 0), d[j], out=column_errors[j])
+        columns[j].masked_fill_(~masks[j], 0)
+        columns[j + 1 :].addr_(U[j, j + 1 :], column_errors[j], alpha=-1)
+    W.copy_(columns.t())
+    errors.copy_(column_errors.t())
+    kept.copy_(masks.t())
+
+
+def _block_fake(W: Tensor, U: Tensor, pattern: str, errors: Tensor, kept: Tensor) -> None:
+    return None
+
+
+sparsegpt_block_ = define(
+    "sparsegpt_block_(Tensor(a!) W, Tensor U, str pattern, Tensor(b!) errors, Tensor(c!) kept) -> ()",
+    _block_reference,
+    _block_fake,
+)
+"""Step 4 within one block: prune its columns W [N, b] in place under U [b, b], write their errors [N, b] and the mask
+[N, b] of what is kept. W, errors and kept may be columns of wider matrices."""
 
 
 def _matrix(weight: Tensor, H: Tensor, pattern: Pattern, damp: float, block_size: int) -> tuple[Tensor, Tensor]:
-    K = weight.shape[1]
+    """One matrix, by R = U^-1 alone.
+
+    With E the errors and D the change of the columns done so far, D = E U[done, done]; and U[done, b] =
+    -U[done, done] R[done, b] U[b, b] for a block b to come. So b is owed -E U[done, b] = D R[done, b] U[b, b], and of
+    the inverse only the diagonal blocks are formed, each from that block of R.
+    """
+    N, K = weight.shape
     dtype = accumulation_dtype(weight.dtype)
-    # Columns are the unit of work: transposed, each is contiguous.
-    W = weight.to(dtype).t().clone(memory_format=torch.contiguous_format)
-    H = H.to(dtype, copy=True)
-    dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1
-    W[dead] = 0
-    U = _inverse_factor(H, damp)
-    kept = torch.empty(W.shape, dtype=torch.bool, device=W.device)
+    W = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    W[:, H.diagonal() == 0] = 0
+    L = reversed_factor(H, dtype, damp)
+    change, kept = torch.empty_like(W), torch.empty(W.shape, dtype=torch.bool, device=W.device)
+    errors = W.new_empty(N, min(block_size, K))
     for start in range(0, K, block_size):
         stop = min(start + block_size, K)
-        errors, kept[start:stop] = _prune_block(W[start:stop], U[start:stop, start:stop], pattern)
-        W[stop:].addmm_(U[start:stop, stop:].t(), errors, alpha=-1)
-    return W.t().to(weight.dtype).contiguous(), kept.t().contiguous()
+        block = slice(start, stop)
+        R = L[K - stop :, K - stop : K - start].flip(0, 1)  # R[:stop, block]
+        columns, U = W[:, block], inverse(R[start:])
+        change[:, block] = columns
+        columns.addmm_(change[:, :start], R[:start] @ U)
+        sparsegpt_block_(columns, U, str(pattern), errors[:, : len(U)], kept[:, block])
+        change[:, block] -= columns
+    return W.to(weight.dtype), kept
 
 
-def _reference(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int) -> tuple[Tensor, Tensor]:
+def solve(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int) -> tuple[Tensor, Tensor]:
+    """The op, whichever implementation serves `sparsegpt_block_`."""
     for name, tensor in (("weight", weight), ("H", H)):
-        if not bool(tensor.isfinite().all()):
+        # A NaN makes both extremes NaN; a mask of what is finite would take four passes.
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise ValueError(f"The {name} holds NaN or infinity: check the model and the calibration activations.")
     parsed = Pattern.parse(pattern)
     if parsed.m is not None:
@@ -121,7 +149,7 @@ def _fake(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int)
 
 _sparsegpt_op = define(
     "sparsegpt(Tensor weight, Tensor H, str pattern, float damp, int block_size) -> (Tensor, Tensor)",
-    _reference,
+    solve,
     _fake,
 )
 

@@ -40,6 +40,8 @@ def calls(layout: str, experts: int | None) -> Iterator[tuple[str, tuple[object,
     yield "mul_lowrank_", (*weight, A, B)
     yield "select", (normal(*shape), "0.5")
     yield "gram_", (torch.zeros(*leading, 12, 12), x, offsets)
+    block = normal(6, 12), torch.eye(12), "2:4", torch.empty(6, 12), torch.empty(6, 12, dtype=torch.bool)
+    yield "sparsegpt_block_", block
     yield "sparsegpt", (normal(*shape), torch.eye(12).expand(*leading, 12, 12).contiguous(), "2:4", 0.01, 8)
 
 
