@@ -1,6 +1,6 @@
 """The native CPU kernels: one module per op, each of which registers itself, over the extension `perp_kernels._C`."""
 
-from perp_kernels.cpu import adapted, gram, pack, select, sparse_linear, sparse_linear_backward, sparsegpt
+from perp_kernels.cpu import adapted, gram, pack, select, sparse_linear, sparse_linear_backward, sparsegpt, tiles
 from perp_kernels.cpu.native import active_path, available, cpu_features, set_path, why
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "sparse_linear",
     "sparse_linear_backward",
     "sparsegpt",
+    "tiles",
     "why",
 ]

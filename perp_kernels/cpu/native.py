@@ -64,6 +64,13 @@ def view(name: str, tensor: Tensor) -> Any:
     return extension().View(tensor.data_ptr(), dtype, tensor.shape, tensor.stride())
 
 
+def matrix(name: str, tensor: Tensor, rows: int, columns: int) -> Any:
+    """A contiguous tensor as the extension takes it, seen as [rows, columns] without a view of torch's being made."""
+    if not tensor.is_cpu or rows * columns != tensor.numel():
+        raise ValueError(f"{name} is {list(tensor.shape)} on {tensor.device}, expected {rows} x {columns} on cpu")
+    return extension().View(tensor.data_ptr(), _DTYPES[tensor.dtype], (rows, columns), (columns, 1))
+
+
 def cpu_features() -> list[str]:
     """The instruction sets, among those the kernels use, that this CPU has."""
     return list(extension().cpu_features())

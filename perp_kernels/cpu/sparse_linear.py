@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from perp_kernels.cpu import native
+from perp_kernels.cpu.tiles import DecodedTiles
 from perp_kernels.ops._rows import expert_spans
 
-# Tokens up to which the fused kernel beats unpacking and torch's product (measured on Zen 4 at 4096 x 4096; torch's
-# fp16 product is a third as fast as its bf16 one).
-FUSED_TOKENS = {torch.bfloat16: 256, torch.float32: 512, torch.float16: 4096}
-
-# Rows unpacked at a time for torch's product, which loses a tenth of its rate on a quarter of this.
-_CHUNK_BYTES = 16 << 20
+# Tokens up to which our kernel on the packed weight beats decoding it for torch's product (measured on Zen 4 at
+# 4096 x 4096; torch's fp16 product is a third as fast as its bf16 one).
+PACKED_TOKENS = {torch.bfloat16: 256, torch.float32: 512, torch.float16: 4096}
 
 
 def sparse_linear(
@@ -30,36 +26,33 @@ def sparse_linear(
 ) -> Tensor:
     """y = x W^T + bias for the packed weight `shape` = [N, K] or [E, N, K], by the contract of the op sparse_linear.
 
-    Up to `FUSED_TOKENS` tokens the weight is multiplied from its packed form; above, runs of rows are unpacked into
-    cache and multiplied there by torch.
+    Up to `PACKED_TOKENS` tokens the weight is multiplied from its packed form; above, it is decoded a tile at a time
+    into memory that is kept, and multiplied there by torch.
     """
     N, K = shape[-2:]
-    weight = native.weight(values, index, row_ptr, K, layout)
-    tokens = x.reshape(-1, K)
-    if K > 1 and tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
-    y = torch.empty((len(tokens), N), dtype=x.dtype)
-    for expert, begin, end in expert_spans(shape, len(tokens), offsets):
-        own = None if bias is None else bias.view(-1, N)[expert]
-        _multiply(tokens[begin:end], weight, expert * N, own, y[begin:end])
-    return y.view(*x.shape[:-1], N)
-
-
-def _multiply(tokens: Tensor, weight: Any, first_row: int, bias: Tensor | None, y: Tensor) -> None:
-    """y [T, N] of tokens [T, K] and the N rows of the weight from `first_row` on."""
-    (N, K), item = (y.shape[1], tokens.shape[1]), y.element_size()
-    if len(tokens) <= FUSED_TOKENS[y.dtype]:
+    y = x.new_empty((*x.shape[:-1], N))
+    count, most = x.numel() // K, PACKED_TOKENS[x.dtype]
+    if offsets is None and count <= most and x.is_contiguous():
+        # One token of a small layer takes a few microseconds: no views of tensors here.
+        weight = native.weight(values, index, row_ptr, K, layout)
         own = None if bias is None else native.view("bias", bias)
-        weight.linear(native.view("x", tokens), native.view("y", y), own, first_row)
-        return
-    rows = max(1, _CHUNK_BYTES // (K * item))
-    chunk = torch.empty((min(rows, N), K), dtype=y.dtype)
-    for first in range(0, N, rows):
-        part = chunk[: N - first]
-        weight.unpack(native.view("chunk", part), first_row + first)
-        torch.mm(tokens, part.t(), out=y[:, first : first + rows])
-    if bias is not None:
-        y += bias
+        weight.linear(native.matrix("x", x, count, K), native.matrix("y", y, count, N), own, 0)
+        return y
+    tokens, out = x.reshape(count, K).contiguous(), y.view(count, N)
+    for expert, begin, end in expert_spans(shape, count, offsets):
+        part, part_out = tokens[begin:end], out[begin:end]
+        part_bias = None if bias is None else bias.reshape(-1, N)[expert]
+        if end - begin <= most:
+            weight = native.weight(values, index, row_ptr, K, layout)
+            own = None if part_bias is None else native.view("bias", part_bias)
+            weight.linear(native.view("x", part), native.view("y", part_out), own, expert * N)
+            continue
+        w = DecodedTiles(values, index, row_ptr, layout, shape)
+        for tile in w.row_tiles:
+            torch.mm(part, w.form(expert, tile).t(), out=part_out[:, tile.rows])
+        if part_bias is not None:
+            part_out += part_bias
+    return y
 
 
 def _supports(
@@ -73,7 +66,7 @@ def _supports(
     offsets: Tensor | None,
 ) -> bool:
     # The dense layout, which torch multiplies as it is, is left to the reference.
-    return x.device.type == "cpu" and x.dtype in FUSED_TOKENS and layout != "dense"
+    return x.is_cpu and x.dtype in PACKED_TOKENS and layout != "dense"
 
 
 native.register("sparse_linear", sparse_linear, _supports)

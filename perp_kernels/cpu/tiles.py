@@ -126,7 +126,8 @@ class DecodedTiles(Tiles):
 
     def form(self, expert: int, tile: Tile) -> Tensor:
         if self._decoded:
-            return self._values[expert * self._N : (expert + 1) * self._N]
+            first, _ = self.at(expert, tile)
+            return self._values[first : first + tile.rows.stop - tile.rows.start]
         out = self.buffer(tile)
         native.extension().unpack_tile(self._handle, *self.at(expert, tile), native.view("out", out))
         return out
