@@ -14,7 +14,7 @@ _WHAT = {
     ("", "ms"): "milliseconds",
     ("", "tokens/s"): "tokens per second",
     ("", "bytes"): "extra memory over eight chained layers",
-    ("generate", "bytes"): "resident memory above the imports",
+    ("generate", "bytes"): "resident memory above the imports and the tokenizer",
 }
 """What a table shows by op and unit; the op "" is any other."""
 

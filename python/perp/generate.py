@@ -37,7 +37,7 @@ class Cost:
         rate = f"{self.rate:.1f} tokens/s" if self.tokens > 1 else f"{self.tokens} token"
         return (
             f"{rate} after {1e3 * self.first:.0f} ms for the prompt of {self.prompt}; "
-            f"resident above the imports {(self.own + self.mapped) / 1e9:.3f} GB "
+            f"resident above imports and tokenizer {(self.own + self.mapped) / 1e9:.3f} GB "
             f"(RssAnon {self.own / 1e9:.3f}, RssFile {self.mapped / 1e9:.3f}); "
             f"weights {self.weights / 1e9:.3f} GB"
         )

@@ -80,7 +80,11 @@ def test_new_rows_replace_those_of_their_op_and_device_only() -> None:
             ["MiB", "at most"],
         ),
         (replace(ROW, unit="tokens/s", better="higher", ours=3.0), ["0.60x", "MISSED (at least 4)"], []),
-        (replace(ROW, op="generate", unit="bytes"), ["resident memory above the imports"], ["chained"]),
+        (
+            replace(ROW, op="generate", unit="bytes"),
+            ["resident memory above the imports and the tokenizer"],
+            ["chained"],
+        ),
     ],
 )
 def test_table(row: Row, shown: list[str], hidden: list[str]) -> None:

@@ -18,7 +18,7 @@ from .test_cli import SMALL, call, environment, refused
 
 PROMPT = "seven hills and"
 LINE = re.compile(
-    r"^[\d.]+ tokens/s after \d+ ms for the prompt of \d+; resident above the imports -?\d+\.\d{3} GB "
+    r"^[\d.]+ tokens/s after \d+ ms for the prompt of \d+; resident above imports and tokenizer -?\d+\.\d{3} GB "
     r"\(RssAnon -?\d+\.\d{3}, RssFile -?\d+\.\d{3}\); weights \d+\.\d{3} GB, (packed|dense)$"
 )
 
