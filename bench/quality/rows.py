@@ -128,6 +128,15 @@ _ALL = (
         anchor=Anchor(48.055, 86.601, 384),
     ),
     Row(
+        "wanda-2:4-block",
+        "Wanda 2:4 + block MaskLoRA and norms reconstruction",
+        "wanda",
+        "2:4",
+        granularity="block",
+        reconstruct=Training((*MASK_LORA, *NORMS), 1e-2),
+        anchor=Anchor(48.055, 86.601, 384),
+    ),
+    Row(
         "wanda-2:4-norms",
         "Wanda 2:4 + norms retrained",
         retrain=Training(NORMS, 2e-3),
