@@ -32,6 +32,7 @@ Weight make_weight(const View& values, const View& index, const std::optional<Vi
     values.sized("values", {bits.rows, columns / 2}).contiguous("values");
     weight.starts.per_row = columns / 2;
   } else {
+    check_padding(bits);
     values.sized("values", {bits.rows, columns}).contiguous("values");
   }
   return weight;

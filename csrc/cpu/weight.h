@@ -17,7 +17,7 @@ struct Weight {
   std::int64_t rows;
   std::int64_t columns;
   const void* values;
-  const std::uint8_t* index;  // bits or semi24 nibbles; not looked at for the layout dense
+  const std::uint8_t* index;  // bits or semi24 nibbles
   RowStarts starts;
 
   std::int64_t index_stride() const { return (columns + 7) / 8; }
