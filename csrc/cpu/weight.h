@@ -36,7 +36,4 @@ struct Weight {
   }
 };
 
-// out [rows, columns] <- rows of the weight from `first_row` on, zero where pruned.
-void unpack_rows(const Weight& weight, std::int64_t first_row, std::int64_t rows, void* out, std::int64_t row_stride);
-
 }  // namespace perp

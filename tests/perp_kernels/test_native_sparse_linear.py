@@ -230,12 +230,10 @@ def test_wrong_arguments_are_refused(path: str) -> None:
         linear(x, torch.empty(3, 8))
     with pytest.raises(ValueError, match="bias has shape"):
         linear(x, y, torch.randn(7))
-    with pytest.raises(ValueError, match="no rows 1 to 8"):
+    with pytest.raises(ValueError, match="no 8 rows from row 1 on"):
         linear(x, y, None, 1)
-    with pytest.raises(ValueError, match="no rows -1"):
+    with pytest.raises(ValueError, match="no 8 rows from row -1 on"):
         linear(x, y, None, -1)
-    with pytest.raises(ValueError, match="no rows 9"):
-        handle.unpack(native.view("out", torch.empty(0, 32)), 9)
     with pytest.raises(ValueError, match="only the layout bitmap"):
         native.weight(values.view(-1)[:0], index, torch.zeros(9, dtype=torch.int64), 32, "dense")
     with pytest.raises(ValueError, match="float64"):
