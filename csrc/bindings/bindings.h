@@ -27,6 +27,9 @@ Bits bits_of(const char* name, const View& index, std::int64_t rows, std::int64_
 // Checks values, row_ptr and bits against each other, so that no row reads past its values.
 RowStarts starts_of(const View& values, const std::optional<View>& row_ptr, const Bits& bits);
 
+// Refuses bits with a padding bit set, which a kernel would follow past the end of a row.
+void check_padding(const Bits& bits);
+
 // semi24 divides the columns into groups of four.
 void check_groups(std::int64_t columns);
 

@@ -6,7 +6,8 @@ namespace perp {
 
 Bits bits_of(const char* name, const View& index, std::int64_t rows, std::int64_t columns) {
   if (columns < 0) refuse("the number of columns must not be negative");
-  index.typed(name, {DType::u8}).sized(name, {rows, (columns + 7) / 8}).contiguous(name);
+  const std::int64_t bytes = columns / 8 + (columns % 8 != 0);  // columns + 7 could overflow
+  index.typed(name, {DType::u8}).sized(name, {rows, bytes}).contiguous(name);
   return {index.as<const std::uint8_t>(), index.size(0), columns};
 }
 
@@ -30,6 +31,11 @@ RowStarts starts_of(const View& values, const std::optional<View>& row_ptr, cons
   return starts;
 }
 
+void check_padding(const Bits& bits) {
+  const std::int64_t bad = first_padded_row(bits);
+  if (bad != kNoRow) refuse("row " + std::to_string(bad) + " of index has a bit set beyond column " + std::to_string(bits.columns));
+}
+
 void check_groups(std::int64_t columns) {
   if (columns % 4 != 0) refuse("semi24 needs a multiple of 4 columns, got " + std::to_string(columns));
 }
@@ -39,8 +45,8 @@ namespace {
 void count_bits_checked(const View& index, std::int64_t columns, const View& counts) {
   const Bits bits = bits_of("index", index, -1, columns);
   counts.typed("counts", {DType::i64}).sized("counts", {bits.rows}).contiguous("counts");
-  const std::int64_t bad = count_bits(bits, counts.as<std::int64_t>());
-  if (bad != kNoRow) refuse("row " + std::to_string(bad) + " of index has a bit set beyond column " + std::to_string(columns));
+  check_padding(bits);
+  count_bits(bits, counts.as<std::int64_t>());
 }
 
 const View& element(const char* name, const View& view) {
@@ -67,6 +73,7 @@ void pack_dense_checked(const View& weight, const View& index, const View& out) 
   element("weight", weight).sized("weight", {-1, -1}).rowwise("weight");
   out.typed("out", {weight.dtype()}).sized("out", {weight.size(0), weight.size(1)}).contiguous("out");
   const Bits bits = bits_of("index", index, weight.size(0), weight.size(1));
+  check_padding(bits);
   pack_dense(weight.read(), weight.row_stride(), weight.element_size(), bits, out.write());
 }
 

@@ -32,19 +32,10 @@ Weight make_weight(const View& values, const View& index, const std::optional<Vi
     values.sized("values", {bits.rows, columns / 2}).contiguous("values");
     weight.starts.per_row = columns / 2;
   } else {
+    check_padding(bits);
     values.sized("values", {bits.rows, columns}).contiguous("values");
   }
   return weight;
-}
-
-void check_rows(const Weight& weight, std::int64_t first_row, std::int64_t rows) {
-  if (first_row < 0 || first_row > weight.rows - rows) refuse("the weight has no rows " + std::to_string(first_row) + " to " + std::to_string(first_row + rows - 1));
-}
-
-void unpack_rows_checked(const Weight& weight, const View& out, std::int64_t first_row) {
-  out.typed("out", {weight.dtype}).sized("out", {-1, weight.columns}).rowwise("out");
-  check_rows(weight, first_row, out.size(0));
-  unpack_rows(weight, first_row, out.size(0), out.write(), out.row_stride());
 }
 
 void linear_checked(const Weight& weight, const View& x, const View& y, const std::optional<View>& bias,
@@ -52,7 +43,9 @@ void linear_checked(const Weight& weight, const View& x, const View& y, const st
   x.typed("x", {weight.dtype}).sized("x", {-1, weight.columns}).rowwise("x");
   y.typed("y", {weight.dtype}).sized("y", {x.size(0), -1}).rowwise("y");
   LinearCall call{x.read(), x.row_stride(), y.write(), y.row_stride(), x.size(0), nullptr, false, first_row, y.size(1)};
-  check_rows(weight, first_row, call.rows);
+  if (first_row < 0 || first_row > weight.rows - call.rows) {
+    refuse("the weight has no " + std::to_string(call.rows) + " rows from row " + std::to_string(first_row) + " on");
+  }
   if (bias) {
     bias->typed("bias", {weight.dtype, DType::f32}).sized("bias", {call.rows}).contiguous("bias");
     call.bias = bias->read();
@@ -67,8 +60,7 @@ void bind_weight(pybind11::module_& m) {
   using pybind11::arg;
   pybind11::class_<Weight>(m, "Weight")
       .def(pybind11::init(&make_weight), arg("values"), arg("index"), arg("row_ptr"), arg("columns"), arg("layout"))
-      .def("linear", &linear_checked, arg("x"), arg("y"), arg("bias"), arg("first_row"), Release())
-      .def("unpack", &unpack_rows_checked, arg("out"), arg("first_row"), Release());
+      .def("linear", &linear_checked, arg("x"), arg("y"), arg("bias"), arg("first_row"), Release());
 }
 
 }  // namespace perp

@@ -269,11 +269,14 @@ std::int64_t translate(const Bits& in, std::uint8_t* out, const std::array<std::
 
 }  // namespace
 
-std::int64_t count_bits(const Bits& bits, std::int64_t* counts) {
-  return find_row(bits.rows, row_grain(bits.columns, 1), [&](std::int64_t r) {
-    counts[r] = count_row(bits.row(r), bits.bytes_per_row());
-    return padding_set(bits, r);
-  });
+std::int64_t first_padded_row(const Bits& bits) {
+  if (bits.columns % 8 == 0) return kNoRow;
+  // A byte of each row, from a cache line of its own where rows are long.
+  return find_row(bits.rows, row_grain(64, 1), [&](std::int64_t r) { return padding_set(bits, r); });
+}
+
+void count_bits(const Bits& bits, std::int64_t* counts) {
+  for_rows(bits.rows, bits.columns, 1, [&](std::int64_t r) { counts[r] = count_row(bits.row(r), bits.bytes_per_row()); });
 }
 
 std::int64_t first_bad_row(const Bits& bits, const RowStarts& starts) {

@@ -31,8 +31,11 @@ struct RowStarts {
   std::int64_t begin(std::int64_t r) const { return row_ptr != nullptr ? row_ptr[r] : r * per_row; }
 };
 
-// counts[r] = kept columns of row r. Returns the first row with a padding bit set, else kNoRow.
-std::int64_t count_bits(const Bits& bits, std::int64_t* counts);
+// The first row with a padding bit set, else kNoRow.
+std::int64_t first_padded_row(const Bits& bits);
+
+// counts[r] = kept columns of row r. Requires first_padded_row(bits) == kNoRow.
+void count_bits(const Bits& bits, std::int64_t* counts);
 
 // The first row whose bits do not hold as many ones as `starts` says (or have a padding bit set), else kNoRow. Only
 // after this check is it safe to follow `bits` through `values`.
@@ -46,7 +49,7 @@ void pack_bitmap(const void* weight, std::int64_t row_stride, int element_size, 
 void unpack_bitmap(const void* values, int element_size, const Bits& bits, const RowStarts& starts, void* out,
                    std::int64_t row_stride);
 
-// out <- weight at kept columns, +0 elsewhere.
+// out <- weight at kept columns, +0 elsewhere. Requires first_padded_row(bits) == kNoRow.
 void pack_dense(const void* weight, std::int64_t row_stride, int element_size, const Bits& bits, void* out);
 
 // positions <- the semi24 nibbles of `bits`. Returns the first row with a group that does not keep exactly two, else kNoRow.

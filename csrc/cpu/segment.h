@@ -58,7 +58,7 @@ inline void read_bits(const Weight& weight, std::int64_t row, std::int64_t colum
   } else {
     std::memcpy(out.bytes, from, bytes);
   }
-  // The index of the layout dense has not been checked: its padding bits may be set.
+  // The columns may end inside a byte, before the row does.
   if (count % 8 != 0) out.bytes[bytes - 1] &= static_cast<std::uint8_t>((1u << count % 8) - 1);
 }
 

@@ -17,7 +17,7 @@ struct Weight {
   std::int64_t rows;
   std::int64_t columns;
   const void* values;
-  const std::uint8_t* index;  // bits or semi24 nibbles; not looked at for the layout dense
+  const std::uint8_t* index;  // bits or semi24 nibbles
   RowStarts starts;
 
   std::int64_t index_stride() const { return (columns + 7) / 8; }
@@ -35,8 +35,5 @@ struct Weight {
     return part == parts ? last : first + (std::lower_bound(begin, end, *begin + (*end - *begin) / parts * part) - begin);
   }
 };
-
-// out [rows, columns] <- rows of the weight from `first_row` on, zero where pruned.
-void unpack_rows(const Weight& weight, std::int64_t first_row, std::int64_t rows, void* out, std::int64_t row_stride);
 
 }  // namespace perp

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from perp_kernels.cpu import native, tiles
 from perp_kernels.cpu.tiles import AdaptedTiles
@@ -107,8 +106,7 @@ def mul_lowrank_(
 
 def _merge_(w: AdaptedTiles, values: Tensor, shape: list[int]) -> None:
     _adapted.merge_(w, shape)
-    if not values.is_inference():
-        increment_version(values)  # torch does not see a write by the extension
+    native.written(values)
 
 
 def _supports_linear(x: Tensor, values: Tensor, index: Tensor, *_: object) -> bool:

@@ -18,9 +18,7 @@ _COLUMNS = 512
 def gram(H: Tensor, x: Tensor, offsets: Tensor | None) -> None:
     """H += X^T X, the contract of perp_kernels.ops.gram. An H that was symmetric stays so to the bit."""
     K = x.shape[-1]
-    tokens, grams = x.reshape(-1, K), H.view(-1, K, K)
-    if K > 1 and tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
+    tokens, grams = native.by_rows(x.reshape(-1, K)), H.view(-1, K, K)
     add = _add_native if native.active_path() == "avx512" else _add_by_columns
     for expert, begin, end in expert_spans(list(H.shape[:-2]), len(tokens), offsets):
         add(grams[expert], tokens[begin:end])
@@ -28,6 +26,7 @@ def gram(H: Tensor, x: Tensor, offsets: Tensor | None) -> None:
 
 def _add_native(H: Tensor, tokens: Tensor) -> None:
     native.extension().gram(native.view("H", H), native.view("x", tokens))
+    native.written(H)
 
 
 def _add_by_columns(H: Tensor, tokens: Tensor) -> None:

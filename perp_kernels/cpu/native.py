@@ -18,6 +18,7 @@ from typing import Any
 # Before `_C`, so that the loader gives `_C` the OpenMP runtime torch has brought: one thread pool in the process.
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from perp_kernels import dispatch
 
@@ -64,6 +65,21 @@ def view(name: str, tensor: Tensor) -> Any:
     return extension().View(tensor.data_ptr(), dtype, tensor.shape, tensor.stride())
 
 
+def by_rows(matrix: Tensor) -> Tensor:
+    """[rows, columns] as the kernels read it: `matrix` itself where its rows have unit stride and do not overlap, else
+    a copy."""
+    rows, columns = matrix.shape
+    apart = rows <= 1 or matrix.stride(0) >= columns
+    return matrix if apart and (columns <= 1 or matrix.stride(1) == 1) else matrix.contiguous()
+
+
+def written(*tensors: Tensor) -> None:
+    """Tell autograd of what the extension has written, which torch does not see."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            increment_version(tensor)
+
+
 def matrix(name: str, tensor: Tensor, rows: int, columns: int) -> Any:
     """A contiguous tensor as the extension takes it, seen as [rows, columns] without a view of torch's being made."""
     if not tensor.is_cpu or rows * columns != tensor.numel():
@@ -98,14 +114,13 @@ def register(op: str, function: Callable[..., Any], supports: Callable[..., bool
 
 
 # Checked handles by the identity of their index tensor, which outlives calls: it is a Parameter of some module. A
-# handle is used again only while the addresses and the index's version are the ones it was checked with.
+# handle is used again only while the addresses and the index's version are the ones it was checked with. What is
+# written through `.data` has no version: whoever does so must keep the components true to each other.
 _handles: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...], Any]] = {}
 
 
-def _version(tensor: Tensor | None) -> tuple[int, int] | None:
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor | None) -> tuple[int, int] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor._version)
 
 
 def weight(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout: str) -> Any:
@@ -114,12 +129,19 @@ def weight(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout
     Raises:
         ValueError: components that contradict each other, as in `unpack`.
     """
-    key = (values.data_ptr(), values.shape, values.dtype, _version(index), _version(row_ptr), K, layout)
+    if index.is_inference() or (row_ptr is not None and row_ptr.is_inference()):
+        return _checked(values, index, row_ptr, K, layout)  # without a version, a change would go unseen
+    storage = values.data_ptr(), values.shape, values.is_contiguous(), values.dtype
+    key = (storage, _state(index), _state(row_ptr), K, layout)
     found = _handles.get(id(index))
     if found is not None and found[0]() is index and found[1] == key:
         return found[2]
-    starts = None if row_ptr is None else view("row_ptr", row_ptr)
-    handle = extension().Weight(view("values", values), view("index", index), starts, K, layout)
+    handle = _checked(values, index, row_ptr, K, layout)
     identity = id(index)
     _handles[identity] = (weakref.ref(index, lambda _: _handles.pop(identity, None)), key, handle)
     return handle
+
+
+def _checked(values: Tensor, index: Tensor, row_ptr: Tensor | None, K: int, layout: str) -> Any:
+    starts = None if row_ptr is None else view("row_ptr", row_ptr)
+    return extension().Weight(view("values", values), view("index", index), starts, K, layout)

@@ -27,8 +27,8 @@ def pack(weight: Tensor, bits: Tensor, layout: str) -> tuple[Tensor, Tensor, Ten
     """
     extension = native.extension()
     weight, bits = weight.detach(), bits.contiguous()
-    if weight.dim() == 2 and weight.shape[1] > 1 and weight.stride(1) != 1:
-        weight = weight.contiguous()
+    if weight.dim() == 2:
+        weight = native.by_rows(weight)
     source, index = native.view("weight", weight), native.view("index", bits)
     if layout == "dense":
         values = torch.empty(weight.shape, dtype=weight.dtype)

@@ -32,6 +32,8 @@ def sparse_linear(
     N, K = shape[-2:]
     y = x.new_empty((*x.shape[:-1], N))
     count, most = x.numel() // K, PACKED_TOKENS[x.dtype]
+    if bias is not None:
+        bias = bias.contiguous()
     if offsets is None and count <= most and x.is_contiguous():
         # One token of a small layer takes a few microseconds: no views of tensors here.
         weight = native.weight(values, index, row_ptr, K, layout)
@@ -41,7 +43,7 @@ def sparse_linear(
     tokens, out = x.reshape(count, K).contiguous(), y.view(count, N)
     for expert, begin, end in expert_spans(shape, count, offsets):
         part, part_out = tokens[begin:end], out[begin:end]
-        part_bias = None if bias is None else bias.reshape(-1, N)[expert]
+        part_bias = None if bias is None else bias if offsets is None else bias[expert]
         if end - begin <= most:
             weight = native.weight(values, index, row_ptr, K, layout)
             own = None if part_bias is None else native.view("bias", part_bias)
@@ -66,7 +68,8 @@ def _supports(
     offsets: Tensor | None,
 ) -> bool:
     # The dense layout, which torch multiplies as it is, is left to the reference.
-    return x.is_cpu and x.dtype in PACKED_TOKENS and layout != "dense"
+    packed = layout != "dense" and values.is_contiguous() and index.is_contiguous()
+    return x.is_cpu and x.dtype in PACKED_TOKENS and packed
 
 
 native.register("sparse_linear", sparse_linear, _supports)

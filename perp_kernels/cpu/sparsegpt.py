@@ -21,6 +21,7 @@ def sparsegpt_block_(W: Tensor, U: Tensor, pattern: str, errors: Tensor, kept: T
     else:
         jointly = parsed.scope != "row"
         extension.sparsegpt_share(*block, parsed.pruned(W.numel() if jointly else W.shape[1]), jointly, *results)
+    native.written(W, errors, kept)
 
 
 def _supports_block(W: Tensor, U: Tensor, pattern: str, errors: Tensor, kept: Tensor) -> bool:

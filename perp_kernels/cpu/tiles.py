@@ -32,7 +32,7 @@ _kept = threading.local()
 
 def _kept_memory(size: int) -> Tensor:
     """uint8 [size], the same each time for a thread."""
-    if getattr(_kept, "size", 0) < size:
+    if getattr(_kept, "size", -1) < size:
         release_memory()  # before more is taken
         with torch.inference_mode(False):  # memory first used under inference mode has to serve outside it too
             _kept.memory, _kept.size = torch.empty(size, dtype=torch.uint8), size
@@ -42,7 +42,7 @@ def _kept_memory(size: int) -> Tensor:
 
 def release_memory() -> None:
     """Give up the memory that this thread keeps between calls, at most a few MB."""
-    _kept.memory, _kept.size = None, 0
+    _kept.memory, _kept.size = None, -1
 
 
 def supported(values: Tensor, index: Tensor) -> bool:

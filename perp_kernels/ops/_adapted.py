@@ -130,16 +130,17 @@ def backward(
     x may be None where neither that of A nor that of B is asked for. That of the bias is in the accumulation dtype.
     """
     needs_x, needs_A, needs_B, needs_bias = needs
-    N, K = shape[-2:]
-    dy = grad_y.reshape(-1, N)
+    *experts, N, K = shape
+    dy = grad_y.reshape(math.prod(grad_y.shape[:-1]), N)
     wide = accumulation_dtype(dy.dtype)
     dx = _walk.multiply_transposed(dy, shape, offsets, w.sum_tiles, w.form) if needs_x else dy.new_empty(0)
     dA = dy.new_zeros(A.shape if needs_A else 0, dtype=wide)
     dB = dy.new_zeros(B.shape if needs_B else 0, dtype=wide)
     if needs_A or needs_B:
         assert x is not None
-        dA_e = dA.view(-1, *A.shape[-2:]) if needs_A else None
-        dB_e = dB.view(-1, *B.shape[-2:]) if needs_B else None
+        E = math.prod(experts)
+        dA_e = dA.view(E, *A.shape[-2:]) if needs_A else None
+        dB_e = dB.view(E, *B.shape[-2:]) if needs_B else None
 
         def fold(expert: int, tile: Tile, dy: Tensor, x: Tensor) -> None:
             dA_t = None if dA_e is None else dA_e[expert, :, tile.columns]
@@ -165,8 +166,8 @@ def backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fake of both ops: their schemas begin with these arguments and end in `needs`."""
     needs_x, needs_A, needs_B, needs_bias = rest[-1]
-    N, K = shape[-2:]
-    dx = values.new_empty((grad_y.numel() // N, K) if needs_x else 0)
+    K = shape[-1]
+    dx = values.new_empty((math.prod(grad_y.shape[:-1]), K) if needs_x else 0)
     dA, dB = A.new_empty(A.shape if needs_A else 0), B.new_empty(B.shape if needs_B else 0)
     dbias = values.new_empty(shape[:-1] if needs_bias else 0, dtype=accumulation_dtype(values.dtype))
     return dx, dA, dB, dbias

@@ -80,8 +80,8 @@ def expert_spans(shape: list[int], tokens: int, offsets: Tensor | None) -> list[
     if offsets is None:
         return [(0, 0, tokens)]
     ends = offsets.tolist()
-    starts = [0, *ends[:-1]]
-    if ends[-1] != tokens or any(start > end for start, end in zip(starts, ends, strict=True)):
+    *starts, last = [0, *ends]
+    if last != tokens or any(start > end for start, end in zip(starts, ends, strict=True)):
         raise ValueError(f"Offsets must rise to the number of tokens, {tokens}, not {ends}.")
     return list(zip(range(shape[0]), starts, ends, strict=True))
 

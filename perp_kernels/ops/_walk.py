@@ -44,7 +44,7 @@ def multiply(
         for tile in tiles:
             torch.mm(tokens[begin:end], form(expert, tile).t(), out=y[begin:end, tile.rows])
         if bias is not None:
-            y[begin:end] += bias.view(-1, N)[expert]
+            y[begin:end] += bias if offsets is None else bias[expert]
     return y.view(*x.shape[:-1], N)
 
 
@@ -83,5 +83,6 @@ def bias_gradient(dy: Tensor, shape: list[int], offsets: Tensor | None) -> Tenso
     """The sum of dy [T, N] over the tokens, [N] or [E, N], in the accumulation dtype."""
     dbias = dy.new_empty(shape[:-1], dtype=accumulation_dtype(dy.dtype))
     for expert, begin, end in expert_spans(shape, len(dy), offsets):
-        dbias.view(-1, shape[-2])[expert] = dy[begin:end].sum(0, dtype=dbias.dtype)
+        own = dbias if offsets is None else dbias[expert]
+        own.copy_(dy[begin:end].sum(0, dtype=dbias.dtype))
     return dbias

@@ -57,6 +57,8 @@ def _reference(scores: Tensor, pattern: str) -> Tensor:
     if bool(scores.isnan().any()):
         raise ValueError(NAN)
     parsed = Pattern.parse(pattern)
+    if scores.numel() == 0:
+        return torch.empty_like(scores, dtype=torch.bool)
     if scores.dim() == 3:
         return torch.stack([_matrix(matrix, parsed) for matrix in scores])
     return _matrix(scores, parsed)

@@ -10,6 +10,7 @@ the layout stores a zero for a pruned weight, its gradient is zero. Sums are for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -113,7 +114,7 @@ def backward(
     """
     needs_x, needs_values, needs_bias = needs
     N, K = shape[-2:]
-    dy = grad_y.reshape(-1, N)
+    dy = grad_y.reshape(math.prod(grad_y.shape[:-1]), N)
     dx = _walk.multiply_transposed(dy, shape, offsets, w.sum_tiles, w.form) if needs_x else dy.new_empty(0)
     dvalues = values.new_zeros(values.shape if needs_values else 0)
     if needs_values:
@@ -140,8 +141,8 @@ def _backward_fake(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs_x, needs_values, needs_bias = needs
-    N, K = shape[-2:]
-    dx = values.new_empty((grad_y.numel() // N, K) if needs_x else 0)
+    K = shape[-1]
+    dx = values.new_empty((math.prod(grad_y.shape[:-1]), K) if needs_x else 0)
     dvalues = values.new_empty(values.shape if needs_values else 0)
     dbias = values.new_empty(shape[:-1] if needs_bias else 0, dtype=accumulation_dtype(values.dtype))
     return dx, dvalues, dbias
@@ -200,6 +201,6 @@ def sparse_linear(x: Any, w: SparseWeight, bias: Any = None, offsets: Any = None
     check_linear(x, w, bias, offsets)
     if wants_gradient(x, w.values, bias):
         return _SparseLinear.apply(x, w.values, bias, w.index, w.row_ptr, w.layout, w.shape, offsets)
-    if unwatched(x, w.values):
+    if unwatched(x, w.values, bias):
         return serve("sparse_linear", x, w.values, w.index, w.row_ptr, w.layout, w.shape, bias, offsets)
     return _forward_op(x, w.values, w.index, w.row_ptr, w.layout, w.shape, bias, offsets)

@@ -137,6 +137,8 @@ def solve(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int)
     parsed = Pattern.parse(pattern)
     if parsed.m is not None:
         block_size = -(-block_size // parsed.m) * parsed.m
+    if weight.numel() == 0:
+        return weight.clone(), torch.empty_like(weight, dtype=torch.bool)
     if weight.dim() == 2:
         return _matrix(weight, H, parsed, damp, block_size)
     results = [_matrix(W, gram, parsed, damp, block_size) for W, gram in zip(weight, H, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import perp_kernels as pk
@@ -26,6 +27,16 @@ class Names(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -62,7 +73,13 @@ def by_fake_tensors(call: Callable[[Tensor], Tensor], x: Tensor) -> bool:
         return isinstance(call(mode.from_tensor(x)), FakeTensor)
 
 
-@pytest.mark.parametrize("watcher", [by_mode, by_profiler, by_trace, by_make_fx, by_fake_tensors])
+def by_function_mode(call: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    with Functions() as mode:
+        call(x)
+    return any("sparse_linear" in name for name in mode.seen)
+
+
+@pytest.mark.parametrize("watcher", [by_mode, by_function_mode, by_profiler, by_trace, by_make_fx, by_fake_tensors])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit")
 def test_watchers_see_the_op(watcher: Callable[..., bool]) -> None:
     _, _, w = random_weight((6, 12), "bitmap")
@@ -94,3 +111,12 @@ def test_both_ways_give_the_same(layout: str) -> None:
     assert not y.requires_grad
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert pk.sparse_linear(x, w, bias).dtype == x.dtype
+
+
+def test_tensors_that_stand_for_other_values_than_their_memory() -> None:
+    _, _, w = random_weight((6, 12), "bitmap")
+    x, bias = normal(3, 12), normal(6)
+    assert w.row_ptr is not None  # whose values the reference would ask for
+    assert pk.sparse_linear(x.to("meta"), w.to("meta")).shape == (3, 6)
+    expected = pk.sparse_linear(-x, w, -bias)
+    assert torch.equal(pk.sparse_linear(torch._neg_view(x), w, torch._neg_view(bias)), expected)

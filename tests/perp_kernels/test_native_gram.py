@@ -62,6 +62,25 @@ def test_tokens_and_sums_between_other_data(path: str) -> None:
     assert grams[[0, 2]].isnan().all()
 
 
+@pytest.mark.parametrize("K", [1, 60])
+def test_tokens_that_overlap_are_read_as_torch_reads_them(path: str, K: int) -> None:
+    one = normal(1, K)
+    for x in (one.expand(5, K), normal(K + 4).unfold(0, K, 1)):
+        H = torch.zeros(K, K)
+        gram(H, x, None)
+        torch.testing.assert_close(H, x.t() @ x)
+
+
+def test_autograd_sees_that_the_sum_has_changed(path: str) -> None:
+    H, w = torch.zeros(8, 8), torch.ones(8, requires_grad=True)
+    y = H @ w
+    gram(H, normal(3, 8), None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with torch.inference_mode():
+        gram(torch.zeros(8, 8), normal(3, 8), None)  # such a tensor has no version
+
+
 def test_experts(path: str) -> None:
     x, offsets = normal(9, 50), torch.tensor([2, 2, 9])
     H = torch.zeros(3, 50, 50)

@@ -84,7 +84,8 @@ def test_dense_puts_positive_zero_where_pruned(path: str, shape: tuple[int, int]
 def test_strided_rows_and_transposed_weights_are_read_in_place_or_copied(path: str) -> None:
     base = random_weight(64, 200, torch.bfloat16)
     mask = random_mask(64, 100, 0.5)
-    for weight in (base[:, 37:137], random_weight(100, 64, torch.bfloat16).t()):
+    one = random_weight(1, 100, torch.bfloat16).expand(64, 100)
+    for weight in (base[:, 37:137], random_weight(100, 64, torch.bfloat16).t(), one):
         values, index, row_ptr = pack(weight, bits_of(mask), "bitmap")
         assert same_bits(values, weight[mask])
         assert same_bits(unpack(values, index, row_ptr, 100, "bitmap"), dense_of(weight, mask))
@@ -139,8 +140,18 @@ def test_padding_bits_are_refused(path: str) -> None:
     weight = random_weight(3, 12, torch.float32)
     bits = bits_of(random_mask(3, 12, 0.5))
     bits[1, 1] |= 0x10
+    for layout in ("bitmap", "dense"):
+        with pytest.raises(ValueError, match="row 1 of index has a bit set beyond column 12"):
+            pack(weight, bits, layout)
     with pytest.raises(ValueError, match="row 1 of index has a bit set beyond column 12"):
-        pack(weight, bits, "bitmap")
+        native.weight(weight, bits, None, 12, "dense")  # a merge into which would follow the bit past the last row
+
+
+def test_a_number_of_columns_that_overflows_is_refused(path: str) -> None:
+    nothing, index = torch.empty(2, 0), torch.zeros(2, 1, dtype=torch.uint8)
+    for columns in (2**63 - 1, 2**63 - 8):
+        with pytest.raises(ValueError, match=r"index has shape \[2, 1\], expected \[\*, 11529215046068469"):
+            native.weight(nothing, index, None, columns, "bitmap")
 
 
 def test_wrong_dtype_shape_layout_and_device_are_refused(path: str) -> None:
