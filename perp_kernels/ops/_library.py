@@ -27,19 +27,18 @@ def serve(name: str, *arguments: Any) -> Any:
         return function(*arguments)
 
 
-def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and not tensor.is_meta and not tensor.is_neg()
-
-
 def unwatched(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors has no witness but its kernel: no compiler, trace, mode, transform or profiler,
     no subclass of Tensor, and none that stands for other values than its memory holds. It may then be served without
     torch's dispatcher, which takes as long as a small product.
     """
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg()):
+            return False
     return (
-        not torch.compiler.is_compiling()
-        and all(tensor is None or _plain(tensor) for tensor in tensors)
-        and not torch._C._len_torch_dispatch_stack()
+        not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
