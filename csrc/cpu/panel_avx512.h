@@ -55,8 +55,14 @@ PERP_AVX512 inline void store4(float* p, __m128 v) { _mm_storeu_ps(p, v); }
 PERP_AVX512 inline void store4(f16* p, __m128 v) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+// Not by cvtneps, which makes zeros of denormals: what is stored must not depend on which of four rows a row is.
 PERP_AVX512 inline void store4(bf16* p, __m128 v) {
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(_mm_cvtneps_pbh(v)));
+  const __m128i bits = _mm_castps_si128(v), high = _mm_srli_epi32(bits, 16);
+  const __m128i even = _mm_and_si128(high, _mm_set1_epi32(1));
+  const __m128i rounded = _mm_srli_epi32(_mm_add_epi32(bits, _mm_add_epi32(even, _mm_set1_epi32(0x7fff))), 16);
+  const __m128i quiet = _mm_or_si128(high, _mm_set1_epi32(0x40));
+  const __m128i result = _mm_mask_mov_epi32(rounded, _mm_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtepi32_epi16(result));
 }
 
 // store() for `count` consecutive rows, at most four.

@@ -16,6 +16,9 @@ namespace {
 // A thread is worth waking for about this many values (some 10 us of one core).
 constexpr std::int64_t kValuesPerThread = 64 * 1024;
 
+// Tokens taken at a time, whole blocks of them: the prepared x is memory that a thread keeps.
+constexpr std::int64_t kMostTokens = 85 * kBlockTokens;
+
 // x as the kernels read it: in blocks of `block` tokens, each stored vector of `lanes` columns by vector of columns, zero
 // from the last column to `padded(columns)`.
 template <class T, class X>
@@ -138,6 +141,17 @@ void linear(const Weight& weight, const LinearCall& call) {
 }  // namespace
 
 void sparse_linear(const Weight& weight, const LinearCall& call) {
+  if (call.tokens > kMostTokens) {
+    const std::int64_t size = info(weight.dtype).size;
+    for (std::int64_t token = 0; token < call.tokens; token += kMostTokens) {
+      LinearCall part = call;
+      part.x = static_cast<const char*>(call.x) + token * call.x_stride * size;
+      part.y = static_cast<char*>(call.y) + token * call.y_stride * size;
+      part.tokens = std::min(kMostTokens, call.tokens - token);
+      sparse_linear(weight, part);
+    }
+    return;
+  }
   if (weight.dtype == DType::bf16) return linear<bf16>(weight, call);
   if (weight.dtype == DType::f16) return linear<f16>(weight, call);
   linear<float>(weight, call);

@@ -238,3 +238,19 @@ def test_wrong_arguments_are_refused(path: str) -> None:
         native.weight(values.view(-1)[:0], index, torch.zeros(9, dtype=torch.int64), 32, "dense")
     with pytest.raises(ValueError, match="float64"):
         native.weight(torch.randn(8, 32).double(), index, None, 32, "dense")
+
+
+def test_more_tokens_than_are_taken_at_once(path: str) -> None:
+    components, dense = packed((9, 40), torch.float16, "bitmap")
+    x, bias = torch.randn(1200, 40).half(), torch.randn(9).half()
+    assert_as_good_as_torch(call(x, components, "bitmap", dense, bias), x, dense, bias)
+
+
+def test_denormals_are_stored_alike_in_every_row(path: str) -> None:
+    """A row alone, and in a group of four that is stored at once."""
+    values, index, row_ptr = packed((5, 64), torch.bfloat16, "bitmap")[0]
+    bias = torch.full((5,), 1e-39).bfloat16()
+    assert bias[0] != 0
+    for tokens in (1, 9):
+        y = sparse_linear(torch.zeros(tokens, 64).bfloat16(), values, index, row_ptr, "bitmap", [5, 64], bias, None)
+        assert torch.equal(y, bias.expand(tokens, 5))
