@@ -64,11 +64,13 @@ PERP_AVX2 void form_row_avx2(const Weight& weight, const Tile& tile, const Adapt
     for (; j + 8 <= count; j += 8) {
       const unsigned mask = bits.bytes[j / 8];
       const __m256 w = expand_wide(values, mask), product = _mm256_load_ps(sums + j);
-      const __m256 all = adapter.effect == Effect::add ? _mm256_add_ps(w, _mm256_mul_ps(scale, product)) : _mm256_mul_ps(w, product);
+      const __m256 all = adapter.effect == Effect::add ? _mm256_add_ps(w, _mm256_mul_ps(scale, product))
+                                                       : _mm256_mul_ps(w, product);
       narrow(out + j, _mm256_and_ps(all, kept_lanes(mask)));
       values += std::popcount(mask);
     }
-    for (unsigned rest = j < count ? bits.bytes[j / 8] : 0, lane = 0; j < count; ++j, ++lane) {
+    const unsigned rest = j < count ? bits.bytes[j / 8] : 0;
+    for (int lane = 0; j < count; ++j, ++lane) {
       out[j] = rest >> lane & 1 ? formed(adapter.effect, adapter.scale, *values++, sums[j]) : T{};
     }
   }

@@ -14,7 +14,7 @@ from perp_kernels.ops._rows import expert_spans
 # product is no faster than its fp32 one, so there fp32 decides.
 PACKED_TOKENS = {
     "avx512": {torch.bfloat16: 256, torch.float32: 512, torch.float16: 4096},
-    "avx2": {torch.bfloat16: 128, torch.float32: 128, torch.float16: 128},
+    "avx2": {torch.bfloat16: 96, torch.float32: 96, torch.float16: 96},
     "portable": {torch.bfloat16: 2, torch.float32: 4, torch.float16: 2},
 }
 
