@@ -1,3 +1,4 @@
+#include "cpu/form_avx2.h"
 #include "cpu/parallel.h"
 #include "cpu/segment.h"
 
@@ -12,27 +13,22 @@ constexpr std::int64_t kWorkPerThread = 256 * 1024;
 template <class T>
 void form_row(const Weight& weight, const Tile& tile, const Adapter& adapter, std::int64_t row, T* out) {
   const T* values = first_value<T>(weight, tile.first_row + row, tile.first_column);
-  const float* b = adapter.B + row * adapter.B_stride;
   SegmentBits bits;
   float sums[kSegment];
   for (std::int64_t start = 0; start < tile.columns; start += kSegment) {
     const std::int64_t count = std::min(kSegment, tile.columns - start);
     read_bits(weight, tile.first_row + row, tile.first_column + start, count, bits);
-    std::fill_n(sums, count, 0.0f);
-    for (std::int64_t r = 0; r < adapter.rank; ++r) {
-      const float* a = adapter.A + r * adapter.A_stride + start;
-      for (std::int64_t j = 0; j < count; ++j) sums[j] += b[r] * a[j];
+    if (adapter.effect == Effect::none && weight.layout != Layout::dense) {
+      values = expand(values, bits.bytes, count, out + start);
+      continue;
     }
+    multiply_factors(adapter, row, start, count, sums);
     for (std::int64_t j = 0; j < count; ++j) {
       const bool kept = (bits.bytes[j / 8] >> (j % 8)) & 1;
       const bool stored = kept || weight.layout == Layout::dense;
       const T value = stored ? *values : T{};
       values += stored;
-      const float w = to_float(value);
-      const float formed = adapter.effect == Effect::none  ? w
-                           : adapter.effect == Effect::add ? w + adapter.scale * sums[j]
-                                                           : w * sums[j];
-      out[start + j] = kept ? from_float<T>(formed) : T{};
+      out[start + j] = kept ? formed(adapter.effect, adapter.scale, value, sums[j]) : T{};
     }
   }
 }
@@ -109,6 +105,10 @@ void form(const Weight& weight, const Tile& tile, const Adapter& adapter, T* out
                           : adapter.effect == Effect::add ? range_kernel<T, Effect::add>(weight.layout)
                                                           : range_kernel<T, Effect::multiply>(weight.layout);
       return kernel(weight, tile, adapter, begin, end, out, stride);
+    }
+    if (use_avx2() && weight.layout != Layout::dense) {
+      for (std::int64_t r = begin; r < end; ++r) form_row_avx2<T>(weight, tile, adapter, r, out + r * stride);
+      return;
     }
 #endif
     for (std::int64_t r = begin; r < end; ++r) form_row<T>(weight, tile, adapter, r, out + r * stride);

@@ -6,8 +6,11 @@
 #include <bit>
 #include <cstring>
 
+#include "cpu/decode_avx2.h"
+#include "cpu/expand.h"
 #include "cpu/parallel.h"
 #include "cpu/platform.h"
+#include "cpu/scratch.h"
 
 namespace perp {
 namespace {
@@ -55,14 +58,6 @@ template <class T>
 void pack_row(const T* weight, const std::uint8_t* bits, std::int64_t columns, T* values) {
   for (std::int64_t i = 0; 8 * i < columns; ++i) {
     for (unsigned rest = bits[i]; rest != 0; rest &= rest - 1) *values++ = weight[8 * i + std::countr_zero(rest)];
-  }
-}
-
-template <class T>
-void unpack_row(const T* values, const std::uint8_t* bits, std::int64_t columns, T* out) {
-  std::fill_n(out, columns, T{0});
-  for (std::int64_t i = 0; 8 * i < columns; ++i) {
-    for (unsigned rest = bits[i]; rest != 0; rest &= rest - 1) out[8 * i + std::countr_zero(rest)] = *values++;
   }
 }
 
@@ -189,10 +184,27 @@ void pack_bitmap_as(const T* weight, std::int64_t row_stride, const Bits& bits, 
 
 template <class T>
 void unpack_bitmap_as(const T* values, const Bits& bits, const RowStarts& starts, T* out, std::int64_t row_stride) {
-  const auto kernel = PERP_PICK(unpack_row, T);
-  for_rows(bits.rows, bits.columns, sizeof(T), [&](std::int64_t r) {
-    kernel(values + starts.begin(r), bits.row(r), bits.columns, out + r * row_stride);
-  });
+  const auto unpack = [&](const auto& kernel) {
+    for_rows(bits.rows, bits.columns, sizeof(T), [&](std::int64_t r) {
+      kernel(values + starts.begin(r), r, out + r * row_stride);
+    });
+  };
+#if PERP_X86
+  if (use_avx512()) {
+    return unpack([&](const T* row, std::int64_t r, T* to) { unpack_row_avx512(row, bits.row(r), bits.columns, to); });
+  }
+  if constexpr (sizeof(T) <= 4) {
+    if (use_avx2()) {
+      return unpack([&](const T* row, std::int64_t r, T* to) {
+        thread_local Scratch scratch;
+        const T *row_end = values + starts.begin(r + 1), *end = values + starts.begin(bits.rows);
+        const T* from = readable(row, row_end, end, scratch.get<T>(bits.columns + kReadAhead));
+        expand_avx2(from, bits.row(r), bits.columns, to);
+      });
+    }
+  }
+#endif
+  unpack([&](const T* row, std::int64_t r, T* to) { expand(row, bits.row(r), bits.columns, to); });
 }
 
 template <class T>

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu/convert.h"
+#include "cpu/expand.h"
 #include "cpu/platform.h"
 #include "cpu/tile.h"
 
@@ -45,16 +46,13 @@ const T* first_value(const Weight& weight, std::int64_t row, std::int64_t column
   return weight.row_values<T>(row) + kept_before(weight, row, column);
 }
 
-// The bits of columns [column, column + count), count <= kSegment, by one table look-up per nibble for semi24.
+// The bits of columns [column, column + count), count <= kSegment, by one table look-up per byte for semi24.
 inline void read_bits(const Weight& weight, std::int64_t row, std::int64_t column, std::int64_t count, SegmentBits& out) {
-  constexpr std::uint8_t kMaskOfNibble[16] = {0, 0, 0, 0, 3, 0, 0, 0, 5, 6, 0, 0, 9, 10, 12, 0};
   const std::int64_t bytes = (count + 7) / 8;
   const std::uint8_t* from = weight.row_index(row) + column / 8;
   std::memset(out.bytes, 0, sizeof out.bytes);
   if (weight.layout == Layout::semi24) {
-    for (std::int64_t i = 0; i < bytes; ++i) {
-      out.bytes[i] = static_cast<std::uint8_t>(kMaskOfNibble[from[i] & 15] | kMaskOfNibble[from[i] >> 4] << 4);
-    }
+    for (std::int64_t i = 0; i < bytes; ++i) out.bytes[i] = kMaskOfPairs[from[i]];
   } else {
     std::memcpy(out.bytes, from, bytes);
   }

@@ -6,9 +6,11 @@
 
 #include "cpu/fused_avx512.h"
 #include "cpu/linear.h"
+#include "cpu/linear_avx2.h"
 #include "cpu/panel_avx512.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/segment.h"
 
 namespace perp {
 namespace {
@@ -50,22 +52,15 @@ const X* prepare(const LinearCall& call, std::int64_t columns, std::int64_t bloc
 template <class T>
 void decode_row(const Weight& weight, std::int64_t row, float* out) {
   const T* values = weight.row_values<T>(row);
-  const std::uint8_t* index = weight.row_index(row);
   if (weight.layout == Layout::dense) {
     for (std::int64_t j = 0; j < weight.columns; ++j) out[j] = to_float(values[j]);
     return;
   }
-  std::fill_n(out, weight.columns, 0.0f);
-  if (weight.layout == Layout::bitmap) {
-    for (std::int64_t j = 0; j < weight.columns; ++j) {
-      if ((index[j / 8] >> (j % 8)) & 1) out[j] = to_float(*values++);
-    }
-    return;
-  }
-  for (std::int64_t j = 0; j < weight.columns; j += 4) {
-    const unsigned nibble = index[j / 8] >> (j % 8);
-    out[j + (nibble & 3)] = to_float(*values++);
-    out[j + ((nibble >> 2) & 3)] = to_float(*values++);
+  SegmentBits bits;
+  for (std::int64_t j = 0; j < weight.columns; j += kSegment) {
+    const std::int64_t count = std::min(kSegment, weight.columns - j);
+    read_bits(weight, row, j, count, bits);
+    values = expand(values, bits.bytes, count, out + j);
   }
 }
 
@@ -131,6 +126,11 @@ void linear(const Weight& weight, const LinearCall& call) {
     const auto rows = weight.layout == Layout::dense    ? rows_avx512<T, Layout::dense>
                       : weight.layout == Layout::bitmap ? rows_avx512<T, Layout::bitmap>
                                                         : rows_avx512<T, Layout::semi24>;
+    return share_rows(weight, call, [&](std::int64_t begin, std::int64_t end) { rows(weight, call, x, begin, end); });
+  }
+  if (use_avx2()) {
+    const float* x = prepare<T, float>(call, weight.columns, block_tokens_avx2(call.tokens), 8);
+    const RowsAvx2 rows = rows_avx2<T>(weight.layout);
     return share_rows(weight, call, [&](std::int64_t begin, std::int64_t end) { rows(weight, call, x, begin, end); });
   }
 #endif

@@ -93,12 +93,12 @@ def cpu_features() -> list[str]:
 
 
 def set_path(name: str) -> None:
-    """Forces the code path of every kernel in this process: "auto", "avx512" or "portable"."""
+    """Forces the code path of every kernel in this process: "auto", "avx512", "avx2" or "portable"."""
     extension().set_path(name)
 
 
 def active_path() -> str:
-    """The code path that serves calls now: "avx512" or "portable"."""
+    """The code path that serves calls now: "avx512", "avx2" or "portable"."""
     return str(extension().active_path())
 
 

@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 from perp_kernels.cpu import native
-from perp_kernels.cpu.tiles import DecodedTiles
+from perp_kernels.cpu.tiles import DTYPES, DecodedTiles
 from perp_kernels.ops._rows import expert_spans
 
-# Tokens up to which our kernel on the packed weight beats decoding it for torch's product (measured on Zen 4 at
-# 4096 x 4096; torch's fp16 product is a third as fast as its bf16 one).
-PACKED_TOKENS = {torch.bfloat16: 256, torch.float32: 512, torch.float16: 4096}
+# Tokens up to which our kernel on the packed weight beats decoding it for torch's product, by code path (measured on
+# Zen 4 at 4096 x 4096; torch's fp16 product is a third as fast as its bf16 one). Where there is no AVX-512 torch's bf16
+# product is no faster than its fp32 one, so there fp32 decides.
+PACKED_TOKENS = {
+    "avx512": {torch.bfloat16: 256, torch.float32: 512, torch.float16: 4096},
+    "avx2": {torch.bfloat16: 96, torch.float32: 96, torch.float16: 96},
+    "portable": {torch.bfloat16: 2, torch.float32: 4, torch.float16: 2},
+}
 
 
 def sparse_linear(
@@ -31,7 +36,7 @@ def sparse_linear(
     """
     N, K = shape[-2:]
     y = x.new_empty((*x.shape[:-1], N))
-    count, most = x.numel() // K, PACKED_TOKENS[x.dtype]
+    count, most = x.numel() // K, PACKED_TOKENS[native.active_path()][x.dtype]
     if bias is not None:
         bias = bias.contiguous()
     if offsets is None and count <= most and x.is_contiguous():
@@ -69,7 +74,7 @@ def _supports(
 ) -> bool:
     # The dense layout, which torch multiplies as it is, is left to the reference.
     packed = layout != "dense" and values.is_contiguous() and index.is_contiguous()
-    return x.is_cpu and x.dtype in PACKED_TOKENS and packed
+    return x.is_cpu and x.dtype in DTYPES and packed
 
 
 native.register("sparse_linear", sparse_linear, _supports)

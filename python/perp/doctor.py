@@ -72,6 +72,7 @@ def _machine() -> dict[str, str]:
         "processor": _processor(),
         "cores": f"{usable} usable of {psutil.cpu_count()}, {torch.get_num_threads()} threads in torch",
         "features": features or "none of those the kernels use",
+        "CPU kernels": f"{cpu.active_path()} path" if cpu.available else f"plain torch ({cpu.why})",
         "memory": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available",
     }
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""gram_ of the native extension against float64, on both code paths."""
+"""gram_ of the native extension against float64, on every code path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pack and unpack of the native extension, against the layouts' definitions, on both code paths."""
+"""Pack and unpack of the native extension, against the layouts' definitions, on every code path."""
 
 from __future__ import annotations
 

@@ -64,12 +64,18 @@ def test_threads_follow_torch() -> None:
 
 @needs_native
 def test_paths_are_forced_by_name() -> None:
-    cpu.set_path("portable")
-    assert cpu.active_path() == "portable"
+    needed = {
+        "portable": set(),
+        "avx2": {"avx2", "fma", "f16c", "bmi2"},
+        "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2", "avx512_bf16"},
+    }
+    served = [path for path in PATHS if needed[path] <= set(cpu.cpu_features())]
+    for path in served:
+        cpu.set_path(path)
+        assert cpu.active_path() == path
     cpu.set_path("auto")
-    needed = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2", "avx512_bf16"}
-    assert cpu.active_path() == ("avx512" if needed <= set(cpu.cpu_features()) else "portable")
-    with pytest.raises(ValueError, match='must be "auto", "avx512" or "portable", not "sse"'):
+    assert cpu.active_path() == served[-1]
+    with pytest.raises(ValueError, match='must be "auto", "avx512", "avx2" or "portable", not "sse"'):
         cpu.set_path("sse")
 
 

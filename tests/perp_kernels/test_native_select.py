@@ -1,4 +1,4 @@
-"""select of the native extension against a stable sort, on both code paths."""
+"""select of the native extension against a stable sort, on every code path."""
 
 from __future__ import annotations
 

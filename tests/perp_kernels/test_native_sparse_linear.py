@@ -1,4 +1,4 @@
-"""sparse_linear of the native extension against float64, on both code paths and in every layout."""
+"""sparse_linear of the native extension against float64, on every code path and in every layout."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_uneven_and_empty_rows(path: str, kept: float) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_tokens_take_torchs_product_by_tiles(path: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu.sparse_linear, "PACKED_TOKENS", dict.fromkeys(DTYPES, 0))
+    monkeypatch.setattr(cpu.sparse_linear, "PACKED_TOKENS", dict.fromkeys(PATHS, dict.fromkeys(DTYPES, 0)))
     for bound in ("_LEAST_BYTES", "_MOST_BYTES"):
         monkeypatch.setattr(cpu.tiles, bound, 8 * 4 * 260)  # several tiles, the last one short
     components, dense = packed((71, 260), torch.float32, layout)
@@ -133,7 +133,7 @@ def test_strided_values_are_not_taken_for_those_of_an_earlier_call() -> None:
 @pytest.mark.parametrize("layout", ["bitmap", "semi24"])
 def test_experts_take_their_own_tokens(path: str, layout: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fused:
-        monkeypatch.setattr(cpu.sparse_linear, "PACKED_TOKENS", dict.fromkeys(DTYPES, 0))
+        monkeypatch.setattr(cpu.sparse_linear, "PACKED_TOKENS", dict.fromkeys(PATHS, dict.fromkeys(DTYPES, 0)))
     (values, index, row_ptr), dense = packed((3 * 11, 140), torch.float32, layout)
     x, bias, ends = torch.randn(17, 140), torch.randn(3, 11), [9, 9, 17]
     y = sparse_linear(x, values, index, row_ptr, layout, [3, 11, 140], bias, torch.tensor(ends))

@@ -1,4 +1,4 @@
-"""The column loop of sparsegpt in the native extension against float64, on both code paths.
+"""The column loop of sparsegpt in the native extension against float64, on every code path.
 
 Rounding may tip a choice between near equal scores, and every column after it. So the choices are compared where the
 arithmetic is exact, and where it rounds the update is compared under the mask that was chosen.
