@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perp_kernels.pattern import Pattern
 from perp_kernels.triton.launch import Launch, Target, recording
 
 TARGETS = (Target(80, 108), Target(90, 132), Target(100, 148))
@@ -36,7 +37,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.uint8: "*u8",
     torch.int64: "*i64",
-    torch.bool: "*i1",
+    torch.int8: "*i8",
 }
 
 
@@ -128,11 +129,27 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, a call of an op's launcher) at shapes that the benchmarks report."""
-    from perp_kernels.triton import gram, masked_lora_linear, merge, scale_lora_linear, sparse_linear, unpack
+    from perp_kernels.triton import (
+        gram,
+        masked_lora_linear,
+        merge,
+        scale_lora_linear,
+        select,
+        sparse_linear,
+        sparsegpt,
+        unpack,
+    )
 
     for K in (4096, 14336):
         H = torch.empty(K, K, device="meta")
         yield f"gram_ K={K}", _call(gram.gram_, H, _rows(16384, K, dtype), None)
+    for N, K in ((4096, 4096), (8192, 28672)):
+        scores = _rows(N, K, torch.float32)
+        yield f"select 2:4 {N}x{K}", _call(select.choose, scores, Pattern.parse("2:4"))
+        yield f"select 0.5/row {N}x{K}", _call(select.choose, scores, Pattern.parse("0.5/row"))
+    columns, factor = _rows(4096, 4096, torch.float32)[:128], _rows(4096, 4096, torch.float32).t()[:128, :128]
+    for pattern in ("2:4", "0.5/row"):
+        yield f"sparsegpt {pattern} b=128", _call(sparsegpt.prune_block, columns, factor, Pattern.parse(pattern))
     N, K, T = 4096, 11008, 4096
     shape, dy, x = [N, K], _rows(T, N, dtype), _rows(T, K, dtype)
     for layout in ("bitmap", "semi24"):
@@ -152,7 +169,8 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Callable[[
     needs = [True, True, True, False]
     for layout in ("bitmap", "semi24", "dense"):
         w = _weight(N, K, layout, dtype)
-        for r, adapters in ((16, dtype), (16, torch.float32), (64, dtype), (128, dtype)):
+        adapter_kinds = [(16, dtype), (16, torch.float32), (128, dtype)]
+        for r, adapters in adapter_kinds if layout == "bitmap" else adapter_kinds[:1]:
             A, B = _rows(r, K, adapters), _rows(N, r, adapters)
             suffix = f"{layout} r={r}" + (" fp32" if adapters != dtype else "")
             yield (

@@ -22,6 +22,7 @@ damp is multiplied by ten, with a warning, until it succeeds or exceeds 1. [E, N
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,12 +57,15 @@ def _inverse_factor(H: Tensor, damp: float) -> Tensor:
     return torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
 
 
-def _block_mask(scores: Tensor, pattern: Pattern) -> Tensor:
+def block_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     """Mask of the scores of a block, both [columns, rows]."""
     by_row = scores.t()
     if pattern.scope == "row":
         return keep_highest(by_row, pattern.pruned(by_row.shape[1])).t()
     return keep_highest(by_row.reshape(1, -1), pattern.pruned(by_row.numel())).view(by_row.shape).t()
+
+
+PruneBlock = Callable[[Tensor, Tensor, Pattern], tuple[Tensor, Tensor]]
 
 
 def _prune_block(W: Tensor, U: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -72,7 +76,7 @@ def _prune_block(W: Tensor, U: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor
     if pattern.is_nm:
         kept = torch.empty(b, N, dtype=torch.bool, device=W.device)
     else:
-        kept = _block_mask((W / d[:, None]).square(), pattern).contiguous()
+        kept = block_mask((W / d[:, None]).square(), pattern).contiguous()
     for j in range(b):
         if pattern.m is not None and pattern.n is not None and j % pattern.m == 0:
             group = slice(j, j + pattern.m)
@@ -84,7 +88,9 @@ def _prune_block(W: Tensor, U: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor
     return errors, kept
 
 
-def _matrix(weight: Tensor, H: Tensor, pattern: Pattern, damp: float, block_size: int) -> tuple[Tensor, Tensor]:
+def _matrix(
+    weight: Tensor, H: Tensor, pattern: Pattern, damp: float, block_size: int, prune_block: PruneBlock
+) -> tuple[Tensor, Tensor]:
     K = weight.shape[1]
     dtype = accumulation_dtype(weight.dtype)
     # Columns are the unit of work: transposed, each is contiguous.
@@ -97,12 +103,15 @@ def _matrix(weight: Tensor, H: Tensor, pattern: Pattern, damp: float, block_size
     kept = torch.empty(W.shape, dtype=torch.bool, device=W.device)
     for start in range(0, K, block_size):
         stop = min(start + block_size, K)
-        errors, kept[start:stop] = _prune_block(W[start:stop], U[start:stop, start:stop], pattern)
+        errors, kept[start:stop] = prune_block(W[start:stop], U[start:stop, start:stop], pattern)
         W[stop:].addmm_(U[start:stop, stop:].t(), errors, alpha=-1)
     return W.t().to(weight.dtype).contiguous(), kept.t().contiguous()
 
 
-def _reference(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int) -> tuple[Tensor, Tensor]:
+def solve(
+    weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int, prune_block: PruneBlock
+) -> tuple[Tensor, Tensor]:
+    """The whole of it around `prune_block`, which prunes the columns of a block: see `_prune_block`."""
     for name, tensor in (("weight", weight), ("H", H)):
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"The {name} holds NaN or infinity: check the model and the calibration activations.")
@@ -110,9 +119,13 @@ def _reference(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size:
     if parsed.m is not None:
         block_size = -(-block_size // parsed.m) * parsed.m
     if weight.dim() == 2:
-        return _matrix(weight, H, parsed, damp, block_size)
-    results = [_matrix(W, gram, parsed, damp, block_size) for W, gram in zip(weight, H, strict=True)]
+        return _matrix(weight, H, parsed, damp, block_size, prune_block)
+    results = [_matrix(W, gram, parsed, damp, block_size, prune_block) for W, gram in zip(weight, H, strict=True)]
     return torch.stack([W for W, _ in results]), torch.stack([mask for _, mask in results])
+
+
+def _reference(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int) -> tuple[Tensor, Tensor]:
+    return solve(weight, H, pattern, damp, block_size, _prune_block)
 
 
 def _fake(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from perp_kernels import dispatch
+from perp_kernels.pattern import Pattern
 
 # bfloat16 and asynchronous copies to shared memory start here.
 OLDEST = (8, 0)
@@ -26,6 +27,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Adapters of a higher rank are left to the reference: their factors no longer fit on the chip beside a tile.
 MAX_RANK = 128
+
+# Longest group and row of scores that `select` holds on the chip, and widest block of `sparsegpt`.
+MAX_GROUP = 32
+MAX_ROW = 32768
+MAX_BLOCK = 256
 
 interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -94,7 +100,22 @@ def _sparse_backward(grad_y: Tensor, x: Tensor | None, values: Tensor, *rest: An
     return serves(values)
 
 
+def _select(scores: Tensor, pattern: str) -> bool:
+    parsed = Pattern.parse(pattern)
+    if not serves(scores):
+        return False
+    return (
+        parsed.m <= MAX_GROUP if parsed.m is not None else parsed.scope in (None, "row") and scores.shape[-1] <= MAX_ROW
+    )
+
+
+def _sparsegpt(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int) -> bool:
+    return serves(weight) and block_size + (Pattern.parse(pattern).m or 0) <= MAX_BLOCK
+
+
 _register("gram_", "gram", _gram)
+_register("select", "select", _select)
+_register("sparsegpt", "sparsegpt", _sparsegpt)
 _register("unpack", "unpack", _unpack)
 _register("add_lowrank_", "merge", _merge)
 _register("mul_lowrank_", "merge", _merge)

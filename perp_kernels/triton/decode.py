@@ -1,8 +1,8 @@
 """Tiles of packed weights: which columns a tile keeps, and where their values lie.
 
 Every layout is read the same way. `tile_start` gives, for each row of a tile, the position in `values` where the tile
-begins; `locate` gives the tile's kept columns and their positions, and where the next tile to the right begins. Index
-bytes are read once per eight columns; a position is the tile's start plus the number of columns kept before it.
+begins; `locate` gives the tile's kept columns, the rank of each among those of its row, and where the next tile to the
+right begins. Index bytes are read once per eight columns.
 
 The host describes a weight by `arguments` and `switches`.
 """
@@ -105,9 +105,9 @@ def locate(
     index, rows, inside, first_column, width, start,
     LAYOUT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """(kept bool [BN, BK], positions int64 [BN, BK] where kept, start of the next tile) of columns from `first_column`.
+    """(kept bool [BN, BK], ranks int32 [BN, BK], start of the next tile) of the columns from `first_column`.
 
-    Nothing outside `inside` rows or past the last column is kept.
+    The value of a kept column lies at start + rank. Nothing outside `inside` rows or past the last column is kept.
     """
     BYTES: tl.constexpr = BK // 8
     at = tl.arange(0, BYTES)
@@ -135,7 +135,7 @@ def locate(
             rank = before[:, :, None] + within.to(tl.int32)
             following = start + tl.sum(counts, axis=1)
     kept = tl.reshape(kept, (BN, BK))
-    return kept, start[:, None] + tl.reshape(rank, (BN, BK)), following
+    return kept, tl.reshape(rank, (BN, BK)), following
 
 
 @triton.jit

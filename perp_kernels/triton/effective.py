@@ -69,9 +69,9 @@ def effective_kernel(
     first = tl.program_id(1) * span
     start = tile_start(index, row_ptr, rows, inside, first, width, row_stride, LAYOUT, RAGGED, BN)
     for column in range(first, tl.minimum(first + span, K), BK):
-        kept, positions, start = locate(index, rows, inside, column, width, start, LAYOUT, BN, BK)
+        kept, rank, following = locate(index, rows, inside, column, width, start, LAYOUT, BN, BK)
         columns = column + tl.arange(0, BK)
-        weight = tl.load(values + positions, mask=kept, other=0.0)
+        weight = tl.load((values + start)[:, None] + rank, mask=kept, other=0.0)
         if MODE != PLAIN:
             product = product_tile(A, B, rows, columns, N, K, r, R, PRECISION)
             if MODE == ADDED:
@@ -80,10 +80,11 @@ def effective_kernel(
                 effective = weight.to(tl.float32) * product
             weight = tl.where(kept, effective, 0.0).to(weight.dtype)
         if IN_PLACE:
-            tl.store(values + positions, weight, mask=kept)
+            tl.store((values + start)[:, None] + rank, weight, mask=kept)
         else:
             at = out + rows.to(tl.int64)[:, None] * K + columns[None, :]
             tl.store(at, weight, mask=inside[:, None] & (columns < K)[None, :])
+        start = following
 
 
 def _config(target: Target, w: PackedRows) -> Config:

@@ -33,13 +33,13 @@ def value_gradient_kernel(
     rows = i * BN + tl.arange(0, BN)
     inside = rows < N
     start = tile_start(index, row_ptr, rows, inside, j * BK, width, row_stride, LAYOUT, RAGGED, BN)
-    kept, positions, _ = locate(index, rows, inside, j * BK, width, start, LAYOUT, BN, BK)
+    kept, rank, _ = locate(index, rows, inside, j * BK, width, start, LAYOUT, BN, BK)
     if LAYOUT == DENSE:
         # A pruned weight has a stored zero, and its gradient too.
         columns = j * BK + tl.arange(0, BK)
         G = tl.where(kept, G, 0.0)
         kept = inside[:, None] & (columns < K)[None, :]
-    tl.store(out + positions, G.to(out.dtype.element_ty), mask=kept)
+    tl.store((out + start)[:, None] + rank, G.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -63,27 +63,25 @@ def adapter_gradients_kernel(
         Q = tl.where(kept, Q * scale, 0.0)
     else:
         start = tile_start(index, row_ptr, rows, inside, j * BK, width, row_stride, LAYOUT, RAGGED, BN)
-        kept, positions, _ = locate(index, rows, inside, j * BK, width, start, LAYOUT, BN, BK)
-        Q = tl.where(kept, Q * tl.load(values + positions, mask=kept, other=0.0).to(tl.float32), 0.0)
+        kept, rank, _ = locate(index, rows, inside, j * BK, width, start, LAYOUT, BN, BK)
+        Q = tl.where(kept, Q * tl.load((values + start)[:, None] + rank, mask=kept, other=0.0).to(tl.float32), 0.0)
     # The shares' own products are a fraction r / tokens of the work: in TF32, which errs less than a 16-bit rounding
     # of G and cannot overflow as fp16 could.
-    rank = tl.arange(0, R)
-    known = rank < r
+    i_r = tl.arange(0, R)
+    known = i_r < r
     if NEEDS_B:
         a = tl.load(
-            A + rank.to(tl.int64)[None, :] * K + columns[:, None],
+            A + i_r.to(tl.int64)[None, :] * K + columns[:, None],
             mask=(columns < K)[:, None] & known[None, :],
             other=0.0,
         )
         share = tl.dot(Q, a.to(tl.float32), input_precision=PRECISION)
         line = (j.to(tl.int64) * row_tiles + i) * BN + tl.arange(0, BN)
-        tl.store(dB_shares + line[:, None] * r + rank[None, :], share, mask=inside[:, None] & known[None, :])
+        tl.store(dB_shares + line[:, None] * r + i_r[None, :], share, mask=inside[:, None] & known[None, :])
     if NEEDS_A:
-        b = tl.load(
-            B + rows.to(tl.int64)[:, None] * r + rank[None, :], mask=inside[:, None] & known[None, :], other=0.0
-        )
+        b = tl.load(B + rows.to(tl.int64)[:, None] * r + i_r[None, :], mask=inside[:, None] & known[None, :], other=0.0)
         share = tl.dot(tl.trans(Q), b.to(tl.float32), input_precision=PRECISION)
-        line = i.to(tl.int64) * r + rank
+        line = i.to(tl.int64) * r + i_r
         tl.store(dA_shares + line[None, :] * K + columns[:, None], share, mask=(columns < K)[:, None] & known[None, :])
 
 
@@ -92,6 +90,9 @@ def _config(kernel: str, gpu: Target, w: PackedRows, tokens: int, rank: int = 0)
         default = Config({"BN": 32, "BK": 32, "BT": 32}, num_warps=4, num_stages=2)
     elif gpu.arch < 90 and rank > 64:
         # Ampere holds the accumulators of all products in registers; larger tiles spill.
+        default = Config({"BN": 128, "BK": 64, "BT": 64}, num_warps=8, num_stages=3)
+    elif kernel == "value_gradient":
+        # An address for each entry of the tile leaves no room for a larger one (it spills from Triton 3.7 on).
         default = Config({"BN": 128, "BK": 64, "BT": 64}, num_warps=8, num_stages=3)
     else:
         default = Config({"BN": 128, "BK": 128, "BT": 64}, num_warps=8, num_stages=3)
@@ -128,7 +129,7 @@ def adapter_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dA [r, K] and dB [N, r] in float32, None where not needed, from dy [T, N] and x [T, K].
 
-    The buffers of shares together stay below a byte per weight: rows are taken in runs that keep them so.
+    The buffers of shares together take at most a byte per weight: rows are taken in runs that keep them so.
     """
     N, K, r, device = len(w.index), w.K, adapter.rank, x.device
     config = _config("adapter_gradients", target(x), w, len(x), adapter.padded_rank())
@@ -138,10 +139,12 @@ def adapter_gradients(
     at_once = max(1, min(row_tiles, N * K // bytes_per_tile_row))
     dA = torch.zeros((r, K), dtype=torch.float32, device=device) if needs_A else None
     dB = torch.empty((N, r), dtype=torch.float32, device=device) if needs_B else None
+    to_A = torch.empty(at_once * r * K if needs_A else 0, dtype=torch.float32, device=device)
+    to_B = torch.empty(column_tiles * at_once * BN * r if needs_B else 0, dtype=torch.float32, device=device)
     for first in range(0, row_tiles, at_once):
         count = min(at_once, row_tiles - first)
-        dA_shares = torch.empty((count, r, K) if needs_A else 1, dtype=torch.float32, device=device)
-        dB_shares = torch.empty((column_tiles, count * BN, r) if needs_B else 1, dtype=torch.float32, device=device)
+        dA_shares = to_A[: count * r * K].view(-1, r, K)
+        dB_shares = to_B[: column_tiles * count * BN * r].view(-1, count * BN, r)
         launch(
             adapter_gradients_kernel,
             (count * column_tiles,),

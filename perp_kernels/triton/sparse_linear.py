@@ -41,8 +41,8 @@ def few_tokens_kernel(
     start = tile_start(index, row_ptr, rows, inside, first, width, row_stride, LAYOUT, RAGGED, BN)
     sum = tl.zeros((BN, TOKENS), dtype=tl.float32)
     for column in range(first, tl.minimum(first + span, K), BK):
-        kept, positions, start = locate(index, rows, inside, column, width, start, LAYOUT, BN, BK)
-        weight = tl.load(values + positions, mask=kept, other=0.0)
+        kept, rank, following = locate(index, rows, inside, column, width, start, LAYOUT, BN, BK)
+        weight = tl.load((values + start)[:, None] + rank, mask=kept, other=0.0)
         k = column + tl.arange(0, BK)
         x_tile = tl.load(
             x + t.to(tl.int64)[None, :] * x_stride + k[:, None],
@@ -50,6 +50,7 @@ def few_tokens_kernel(
             other=0.0,
         )
         sum = tl.dot(weight, x_tile, sum, input_precision=PRECISION)
+        start = following
     wanted = inside[:, None] & (t < tokens)[None, :]
     if PARTS == 1:
         if BIAS:

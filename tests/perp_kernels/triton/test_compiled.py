@@ -19,19 +19,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Kernels that move or add numbers but multiply no matrices, and products too small for the newest instructions.
-NO_PRODUCT = {"add_parts_kernel"}
+NO_PRODUCT = {"add_parts_kernel", "select_groups_kernel", "select_row_kernel", "prune_block_kernel"}
 WHOLE_TILES = {"gram_kernel", "value_gradient_kernel", "adapter_gradients_kernel"}
 
 # Each kernel once or twice, in the layouts in which it differs: bench.resources, which takes minutes, has the rest.
 NAMES = {
     "gram_ K=4096",
+    "select 2:4 4096x4096",
+    "select 0.5/row 8192x28672",
+    "sparsegpt 2:4 b=128",
+    "sparsegpt 0.5/row b=128",
     "unpack semi24",
     "sparse_linear bitmap T=1",
     "sparse_linear semi24 T=64",
     "sparse_linear_backward bitmap",
     "masked_lora_linear bitmap r=16",
     "masked_lora_linear bitmap r=128",
-    "masked_lora_linear dense r=16 fp32",
+    "masked_lora_linear dense r=16",
     "add_lowrank_ bitmap r=16",
     "scale_lora_linear semi24 r=16",
 }

@@ -21,6 +21,9 @@ def triton(*ops: str) -> Iterator[None]:
         "few_tokens": {"BN": 16, "BK": 16, "TOKENS": 16, "PARTS": 2},
         "value_gradient": _TILES,
         "adapter_gradients": _TILES,
+        "prune_block": {"BN": 16},
+        "select_groups": {"GROUPS": 16},
+        "select_row": {"PART": 16},
     }
     with pk.backend("triton"), launch.override(**configurations), dispatch.served() as served:
         yield
