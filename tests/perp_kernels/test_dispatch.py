@@ -58,5 +58,5 @@ def test_report_names_what_was_passed_over(op: str) -> None:
 
 def test_report_of_the_package() -> None:
     report = pk.active()
-    assert report["select"][0] == "reference"
+    assert report["unpack_mask"] == ("reference", "")
     assert report["pack"] == (("cpu", "") if cpu.available else ("reference", f"cpu: {cpu.why}"))

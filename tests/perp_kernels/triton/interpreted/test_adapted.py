@@ -33,7 +33,7 @@ def dense_op(how: str, weight: Tensor, mask: Tensor) -> Callable[..., Tensor]:
     return layer
 
 
-@pytest.mark.parametrize("dtype,r", [(torch.float32, 1), (torch.float16, 5), (torch.float32, 17)], ids=str)
+@pytest.mark.parametrize("dtype,r", [(torch.float32, 17), (torch.float16, 1)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("how", ["masked_lora_linear", "scale_lora_linear"])
 def test_forward_and_gradients(how: str, layout: str, dtype: torch.dtype, r: int) -> None:

@@ -10,7 +10,7 @@ from .small import triton
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("pattern,K", [("2:4", 20), ("1:3", 9), ("5:8", 16), ("0.5", 20), ("0.61/row", 33), ("0.3", 2)])
+@pytest.mark.parametrize("pattern,K", [("2:4", 20), ("1:3", 9), ("5:8", 16), ("0.5", 20), ("0.61/row", 33)])
 def test_select(pattern: str, K: int, dtype: torch.dtype) -> None:
     # Rounded, so that many are equal; of both signs, with both zeros and both infinities.
     scores = (2 * normal(7, K, dtype=dtype)).round()
