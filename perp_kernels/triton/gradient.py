@@ -85,17 +85,14 @@ def adapter_gradients_kernel(
         tl.store(dA_shares + line[None, :] * K + columns[:, None], share, mask=(columns < K)[:, None] & known[None, :])
 
 
-def _config(kernel: str, gpu: Target, w: PackedRows, tokens: int, rank: int = 0) -> Config:
+def _config(kernel: str, gpu: Target, w: PackedRows, tokens: int, rank: int, addresses: bool) -> Config:
+    """`addresses`: whether the kernel forms an address in the packed values for each entry of its tile."""
     if w.values.dtype == torch.float32:
         default = Config({"BN": 32, "BK": 32, "BT": 32}, num_warps=4, num_stages=2)
-    elif gpu.arch < 90 and rank > 64:
-        # Ampere holds the accumulators of all products in registers; larger tiles spill.
-        default = Config({"BN": 128, "BK": 64, "BT": 64}, num_warps=8, num_stages=3)
-    elif kernel == "value_gradient":
-        # An address for each entry of the tile leaves no room for a larger one (it spills from Triton 3.7 on).
-        default = Config({"BN": 128, "BK": 64, "BT": 64}, num_warps=8, num_stages=3)
     else:
-        default = Config({"BN": 128, "BK": 128, "BT": 64}, num_warps=8, num_stages=3)
+        # Addresses, or the accumulators of a high rank, leave no room for a larger tile: Triton 3.7 and 3.9 spill.
+        narrow = addresses or rank > 64
+        default = Config({"BN": 128, "BK": 64 if narrow else 128, "BT": 64}, num_warps=8, num_stages=3)
     return configure(kernel, gpu, f"{w.values.dtype} {w.layout} T={bucket(tokens)} r={rank}", default)
 
 
@@ -105,7 +102,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 def value_gradient(dy: Tensor, x: Tensor, w: PackedRows, out: Tensor) -> None:
     """Write the gradient of the packed values into `out`, laid out like them."""
-    config = _config("value_gradient", target(x), w, len(x))
+    config = _config("value_gradient", target(x), w, len(x), 0, addresses=True)
     tiles = triton.cdiv(len(w.index), config.tiles["BN"]) * triton.cdiv(w.K, config.tiles["BK"])
     launch(
         value_gradient_kernel,
@@ -132,7 +129,9 @@ def adapter_gradients(
     The buffers of shares together take at most a byte per weight: rows are taken in runs that keep them so.
     """
     N, K, r, device = len(w.index), w.K, adapter.rank, x.device
-    config = _config("adapter_gradients", target(x), w, len(x), adapter.padded_rank())
+    config = _config(
+        "adapter_gradients", target(x), w, len(x), adapter.padded_rank(), addresses=adapter.how == "scaled"
+    )
     BN, BK = config.tiles["BN"], config.tiles["BK"]
     row_tiles, column_tiles = triton.cdiv(N, BN), triton.cdiv(K, BK)
     bytes_per_tile_row = 4 * r * (K * needs_A + column_tiles * BN * needs_B)
