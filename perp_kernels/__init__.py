@@ -3,7 +3,7 @@
 Every op runs in plain torch and uses a faster implementation where this machine has one: `active()` tells which.
 """
 
-from perp_kernels import cpu  # registers its implementations
+from perp_kernels import cpu, triton  # register their implementations
 from perp_kernels.dispatch import active, backend
 from perp_kernels.layouts import SparseWeight, pack
 from perp_kernels.ops.bits import pack_bits, unpack_bits
@@ -33,5 +33,6 @@ __all__ = [
     "select",
     "sparse_linear",
     "sparsegpt",
+    "triton",
     "unpack_bits",
 ]

@@ -22,6 +22,7 @@ class Implementation:
     function: Callable[..., Any]
     supports: Callable[..., bool]
     unavailable: str | None
+    on_request: bool  # serves only where `backend` names it
 
 
 _implementations: dict[str, list[Implementation]] = {}
@@ -39,11 +40,12 @@ def register(
     function: Callable[..., Any],
     supports: Callable[..., bool] = lambda *arguments: True,
     unavailable: str | None = None,
+    on_request: bool = False,
 ) -> None:
     """Add an implementation of `op`. `supports` gets the call's arguments and must only look at their properties
     (device, dtype, shape), never at their values."""
     found = _implementations.setdefault(op, [])
-    found.append(Implementation(backend, function, supports, unavailable))
+    found.append(Implementation(backend, function, supports, unavailable, on_request))
     found.sort(key=lambda implementation: PREFERENCE.index(implementation.backend))
 
 
@@ -51,7 +53,7 @@ def select(op: str, *arguments: Any) -> Callable[..., Any]:
     """The function that serves `op` for these arguments, under the override where there is one."""
     forced = _forced[-1] if _forced else None
     for implementation in _implementations[op]:
-        if forced is not None and implementation.backend != forced:
+        if implementation.backend != forced and (forced is not None or implementation.on_request):
             continue
         if implementation.unavailable is None and implementation.supports(*arguments):
             for record in _served:
@@ -92,6 +94,6 @@ def active() -> dict[str, tuple[str, str]]:
     report = {}
     for op, implementations in sorted(_implementations.items()):
         passed_over = [f"{i.backend}: {i.unavailable}" for i in implementations if i.unavailable is not None]
-        first = next(i for i in implementations if i.unavailable is None)
+        first = next(i for i in implementations if i.unavailable is None and not i.on_request)
         report[op] = (first.backend, "; ".join(passed_over))
     return report

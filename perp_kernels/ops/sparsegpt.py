@@ -63,6 +63,14 @@ def inverse(R: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
 
 
+def share_mask(W: Tensor, d: Tensor, pattern: Pattern) -> Tensor:
+    """The mask [N, b] of a share of a block's scores (W / d)^2: in each row, or over the block."""
+    scores = (W / d).square()
+    if pattern.scope == "row":
+        return keep_highest(scores, pattern.pruned(scores.shape[1]))
+    return keep_highest(scores.view(1, -1), pattern.pruned(scores.numel())).view(scores.shape)
+
+
 def _block_reference(W: Tensor, U: Tensor, pattern: str, errors: Tensor, kept: Tensor) -> None:
     parsed, (N, b) = Pattern.parse(pattern), W.shape
     d = U.diagonal()
@@ -71,11 +79,7 @@ def _block_reference(W: Tensor, U: Tensor, pattern: str, errors: Tensor, kept: T
     column_errors = torch.empty_like(columns)
     masks = torch.empty(b, N, dtype=torch.bool, device=W.device)
     if not parsed.is_nm:
-        scores = (W / d).square()
-        if parsed.scope == "row":
-            masks.copy_(keep_highest(scores, parsed.pruned(b)).t())
-        else:
-            masks.copy_(keep_highest(scores.view(1, -1), parsed.pruned(scores.numel())).view(N, b).t())
+        masks.copy_(share_mask(W, d, parsed).t())
     for j in range(b):
         if parsed.m is not None and parsed.n is not None and j % parsed.m == 0:
             group = slice(j, j + parsed.m)

@@ -32,6 +32,7 @@ ANCHORED = {
     "wanda-2:4-half": 90.444,
     "wanda-2:4-block-1e-3": 60.634,
     "wanda-2:4-block-5e-3": 48.055,
+    "wanda-2:4-block": 48.055,
     "wanda-2:4-norms": 40.261,
     "wanda-2:4-mask-lora": 29.861,
 }

@@ -1,0 +1,102 @@
+"""select by Triton, for N:M and for a share of each row: the scores are read once.
+
+A row is searched for the highest score that it prunes, bit by bit from the top: the scores' bits, turned so that they
+rise as the scores do, are counted against a growing prefix. No sort, and 32 counts over registers for a row of any
+length.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from perp_kernels.pattern import Pattern
+from perp_kernels.triton.launch import Config, configure, launch, target
+
+
+@triton.jit
+def select_groups_kernel(
+    kept, scores, groups, M: tl.constexpr, PRUNED: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr
+):
+    """kept int8 and scores [groups, M]: the PRUNED lowest of each group go, of equal ones the first."""
+    group, column = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS), tl.arange(0, WIDTH)
+    at, inside = group[:, None] * M + column[None, :], (group < groups)[:, None] & (column < M)[None, :]
+    own = tl.load(scores + at, mask=inside, other=0.0).to(tl.float32)
+    lower = tl.zeros((GROUPS, WIDTH), dtype=tl.int32)
+    for i in tl.static_range(0, M):
+        other = tl.load(scores + group * M + i, mask=group < groups, other=0.0).to(tl.float32)[:, None]
+        lower += ((other < own) | ((other == own) & (i < column)[None, :])).to(tl.int32)
+    tl.store(kept + at, (lower >= PRUNED).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _keys(scores, inside):
+    """uint32 that rise as the scores do."""
+    score = tl.load(scores, mask=inside, other=0.0).to(tl.float32)
+    score = tl.where(score == 0.0, 0.0, score)  # -0 ranks with 0
+    bits = score.to(tl.uint32, bitcast=True)
+    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit
+def select_row_kernel(kept, scores, K, pruned, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """kept int8 and scores [rows, K]: the `pruned` lowest of each row go, of equal ones the first."""
+    row = tl.program_id(0).to(tl.int64)
+    inside = tl.arange(0, BLOCK) < K
+    keys = _keys(scores + row * K + tl.arange(0, BLOCK), inside)
+    # The pruned-th lowest key is the highest value that fewer than `pruned` keys lie below.
+    threshold = tl.sum(tl.zeros((BLOCK,), dtype=tl.uint32), axis=0)
+    bit = tl.full((), 0x80000000, dtype=tl.uint32)
+    for _ in range(0, 32):
+        candidate = threshold | bit
+        bit = bit >> 1
+        below = tl.sum((inside & (keys < candidate)).to(tl.int32), axis=0)
+        threshold = tl.where(below < pruned, candidate, threshold)
+    tied_pruned = pruned - tl.sum((inside & (keys < threshold)).to(tl.int32), axis=0)
+    # The second pass reads the row from cache, a part at a time: ranking ties over the whole row in registers spills.
+    for start in range(0, K, PART):
+        column = start + tl.arange(0, PART)
+        inside_part = column < K
+        keys_part = _keys(scores + row * K + column, inside_part)
+        tied = (inside_part & (keys_part == threshold)).to(tl.int32)
+        keep = (keys_part > threshold) | ((tied != 0) & (tl.cumsum(tied, axis=0) > tied_pruned))
+        tl.store(kept + row * K + column, keep.to(tl.int8), mask=inside_part)
+        tied_pruned -= tl.sum(tied, axis=0)
+
+
+def select(scores: Tensor, pattern: str) -> Tensor:
+    """bool of the shape of `scores`, True = kept: the contract of perp_kernels.ops.select."""
+    if bool(scores.isnan().any()):
+        raise ValueError("Scores hold NaN, which has no rank: check the weights and the calibration statistics.")
+    return choose(scores, Pattern.parse(pattern))
+
+
+def choose(scores: Tensor, pattern: Pattern) -> Tensor:
+    """`select` of scores that hold no NaN."""
+    K, gpu = scores.shape[-1], target(scores)
+    kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    arguments = {"kept": kept.view(torch.int8), "scores": scores}
+    if pattern.m is not None and pattern.n is not None:
+        groups = scores.numel() // pattern.m
+        config = configure("select_groups", gpu, f"M={pattern.m}", Config({"GROUPS": 256}, num_warps=4, num_stages=1))
+        launch(
+            select_groups_kernel,
+            (triton.cdiv(groups, config.tiles["GROUPS"]),),
+            {**arguments, "groups": groups},
+            {"M": pattern.m, "PRUNED": pattern.m - pattern.n, "WIDTH": triton.next_power_of_2(pattern.m)},
+            config,
+        )
+        return kept
+    block = triton.next_power_of_2(K)
+    # 32 scores to a thread, so that keys and scores stay in registers.
+    default = Config({"PART": min(block, 4096)}, num_warps=max(1, min(32, block // 1024)), num_stages=1)
+    launch(
+        select_row_kernel,
+        (scores.numel() // K if K else 0,),
+        {**arguments, "K": K, "pruned": pattern.pruned(K)},
+        {"BLOCK": block},
+        configure("select_row", gpu, f"K={block}", default),
+    )
+    return kept
