@@ -10,10 +10,11 @@ from perp_kernels.cpu.tiles import DTYPES, DecodedTiles
 from perp_kernels.ops._rows import expert_spans
 
 # Tokens up to which our kernel on the packed weight beats decoding it for torch's product, by code path (measured on
-# Zen 4 at 4096 x 4096; torch's fp16 product is a third as fast as its bf16 one). Where there is no AVX-512 torch's bf16
-# product is no faster than its fp32 one, so there fp32 decides.
+# Zen 4 at 4096 x 4096). Where there is no AVX-512 torch's bf16 product is no faster than its fp32 one, so there fp32
+# decides.
+ANY = 1 << 62
 PACKED_TOKENS = {
-    "avx512": {torch.bfloat16: 256, torch.float32: 512, torch.float16: 4096},
+    "avx512": {torch.bfloat16: ANY, torch.float32: ANY, torch.float16: ANY},
     "avx2": {torch.bfloat16: 96, torch.float32: 96, torch.float16: 96},
     "portable": {torch.bfloat16: 2, torch.float32: 4, torch.float16: 2},
 }
