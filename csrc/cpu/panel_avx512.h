@@ -6,6 +6,7 @@
 
 #include "cpu/decode_avx512.h"
 #include "cpu/linear.h"
+#include "cpu/reduce_avx512.h"
 #include "cpu/scratch.h"
 
 #if PERP_X86
@@ -35,16 +36,6 @@ struct Ahead {
     return 64;
   }
 };
-
-// The sums of four registers' lanes: two rounds of transposing adds, then one register to fold. A reduction of each
-// alone takes four times the instructions, a tenth of the time of a whole product.
-PERP_AVX512 inline __m128 reduce4(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
 
 PERP_AVX512 inline __m128 load4(const float* p) { return _mm_loadu_ps(p); }
 PERP_AVX512 inline __m128 load4(const f16* p) { return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
