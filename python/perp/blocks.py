@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from perp.errors import UserError
+from perp.experts import linears
 
 # What a block is called with beside its hidden state: positional and keyword arguments. A hidden state that the model
 # passes by keyword leaves its key in the keywords, with None as its value.
@@ -45,12 +46,12 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return next(name for name, module in model.named_modules() if module is blocks), blocks
 
 
-def prunable(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """The weights to prune: every nn.Linear of the block, by its name qualified with `prefix`, in module order."""
-    return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+def prunable(block: nn.Module, prefix: str) -> dict[str, Any]:
+    """The weights to prune, `perp.experts.linears` of the block, by name qualified with `prefix`, in module order."""
+    return {f"{prefix}.{name}": linear for name, linear in linears(block).items()}
 
 
-def all_prunable(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def all_prunable(model: PreTrainedModel) -> dict[str, Any]:
     """`prunable` of all blocks of the model, in order."""
     prefix, blocks = find_blocks(model)
     return {name: linear for i, block in enumerate(blocks) for name, linear in prunable(block, f"{prefix}.{i}").items()}
@@ -85,11 +86,14 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
 
 @torch.no_grad()
 def outputs(
-    run: Callable[[Tensor, Arguments], Tensor],
-    hidden: Sequence[Tensor],
-    arguments: ArgumentsOf,
+    run: Callable[..., Tensor],
+    hidden: Iterable[Tensor],
+    arguments: Callable[[Sequence[int]], Any],
 ) -> Iterator[Tensor]:
-    """What `run` (a unit, or a block) gives for each window in turn: hidden states [1, T, H] in and, in store, out."""
+    """What `run` (a unit, or a block) gives for each window in turn: hidden states [1, T, H] in and, in store, out.
+
+    `arguments(window_ids)`: what it is called with beside them.
+    """
     for window, state in enumerate(hidden):
         yield to_store(run(state, arguments([window])))
 

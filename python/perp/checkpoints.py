@@ -3,8 +3,10 @@
 OUT/                        what model.save_pretrained and the tokenizer write: any loader reads it without perp
 OUT/perp.json               the manifest
 OUT/perp/masks.safetensors  "LAYER.weight" -> uint8 [N, ceil(K/8)], bit j of byte i = column 8 i + j, 1 = kept;
-                            metadata: "perp-masks", a JSON object of version (1) and columns, "LAYER.weight" -> K
+                            metadata: "perp-masks", a JSON object of version (1), columns, "LAYER.weight" -> K, and,
+                            where there are some, experts, "LAYER.weight" -> E, whose rows follow each other
 OUT/perp/packed.safetensors the pruned linears packed, if asked for: `perp.packed`
+OUT/perp/adapter/           adapters that were kept unmerged: `perp.adapter_files`
 OUT/perp/staging/           only while saving
 """
 
@@ -25,10 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import perp_kernels as pk
+from perp import adapter_files
 from perp import manifest as manifests
 from perp import packed as packed_files
+from perp.adapter_files import ADAPTER
+from perp.adapters import Adapter
 from perp.blocks import find_blocks, prunable
 from perp.errors import UserError
+from perp.experts import linears
 from perp.linear import SparseLinear
 from perp.models import check_finite, quiet
 
@@ -94,10 +100,12 @@ def save(
     manifest: Mapping[str, Any],
     overwrite: bool = False,
     packed: bool = False,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> None:
     """Write the model, tokenizer, masks and manifest into `out`, which plain transformers then loads.
 
-    With `packed` the packed file is written too; one of the model that was there before never stays.
+    With `packed` the packed file is written too, and `adapters` that do not merge beside the model; those of a model
+    that was there before never stay.
 
     `masks`: qualified layer name -> bool [N, K], True = kept; every layer an nn.Linear again. Before writing, pruned
     weights must be exactly zero, all weights finite and the manifest's counts the masks'. Everything is staged and
@@ -114,6 +122,8 @@ def save(
         _write_masks(masks, new / MASKS)
         if packed:
             _write_packed(model, masks, new / PACKED)
+        if adapters:
+            adapter_files.write(adapters, new / ADAPTER)
         manifests.write(manifest, new / manifests.NAME)
         # safetensors makes its files readable by their owner alone, whatever the umask says.
         ordinary = (new / manifests.NAME).stat().st_mode
@@ -121,7 +131,7 @@ def save(
             if path.is_file():
                 path.chmod(ordinary)
             _flush(path)
-        _move_into_place(new, staging / "old", out, [*_model_files(out), out / PACKED])
+        _move_into_place(new, staging / "old", out, [*_model_files(out), out / PACKED, *(out / ADAPTER).glob("*")])
 
 
 def add_packed(model: nn.Module, directory: str | Path, masks: Mapping[str, Tensor]) -> None:
@@ -171,7 +181,9 @@ def load_masks(directory: str | Path) -> dict[str, Tensor]:
                 bits = file.get_tensor(name)
                 if bits.dtype != torch.uint8 or bits.ndim != 2 or bits.shape[1] != -(-columns // 8):
                     raise ValueError(f"{name} is not packed for {columns} columns")
-                masks[name.removesuffix(".weight")] = pk.unpack_bits(bits, columns)
+                mask = pk.unpack_bits(bits, columns)
+                experts = about.get("experts", {}).get(name)
+                masks[name.removesuffix(".weight")] = mask.view(experts, -1, columns) if experts else mask
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}); save the model again.") from error
     return masks
@@ -220,8 +232,9 @@ def _check_model(model: nn.Module, masks: Mapping[str, Tensor], manifest: Mappin
 
 def _check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     modules = dict(model.named_modules())
+    fused = {name: linear for name, linear in linears(model).items() if name not in modules}
     for name, mask in masks.items():
-        weight = getattr(modules.get(name), "weight", None)
+        weight = getattr(modules.get(name, fused.get(name)), "weight", None)
         if weight is None or weight.shape != mask.shape:
             raise UserError(f"the mask of {name} fits no layer of this model; save the masks it was pruned with.")
         lost = int(weight.detach()[~mask.to(weight.device)].count_nonzero())
@@ -248,16 +261,23 @@ def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
 
 
 def _write_masks(masks: Mapping[str, Tensor], path: Path) -> None:
-    bits = {f"{name}.weight": pk.pack_bits(mask).cpu() for name, mask in masks.items()}
-    columns = {f"{name}.weight": mask.shape[1] for name, mask in masks.items()}
-    save_file(bits, path, metadata={MASK_FORMAT: json.dumps({"version": MASK_VERSION, "columns": columns})})
+    bits = {f"{name}.weight": pk.pack_bits(mask.flatten(0, -2)).cpu() for name, mask in masks.items()}
+    about: dict[str, Any] = {
+        "version": MASK_VERSION,
+        "columns": {f"{name}.weight": mask.shape[-1] for name, mask in masks.items()},
+    }
+    if experts := {f"{name}.weight": len(mask) for name, mask in masks.items() if mask.ndim == 3}:
+        about["experts"] = experts
+    save_file(bits, path, metadata={MASK_FORMAT: json.dumps(about)})
 
 
 def _write_packed(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> None:
     def weight(name: str) -> Tensor:
         return model.get_submodule(name).weight.detach()  # type: ignore[operator]
 
-    packed_files.write(path, masks, weight, lambda name: masks[name].to(weight(name).device))
+    # Fused experts stay in the model's own files: load_packed puts a layer where an nn.Linear was.
+    names = [name for name, mask in masks.items() if mask.ndim == 2]
+    packed_files.write(path, names, weight, lambda name: masks[name].to(weight(name).device))
 
 
 def _flush(path: Path) -> None:

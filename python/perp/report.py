@@ -21,6 +21,7 @@ from perp.progress import duration
 ROWS, PICTURE = "report.json", "report.png"
 DENSE, DENSE_RETRAINED = "dense", "dense retrained"
 PRUNED, RECONSTRUCTED, RETRAINED = "pruned", "reconstructed", "retrained"
+UNMERGED = "retrained, before the merge"
 
 
 @dataclass(frozen=True)

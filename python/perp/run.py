@@ -7,26 +7,30 @@ import gc
 import json
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perp import checkpoints, data, machine, manifest, models, report, settings
-from perp.adapters import attach, count_trainable, merge, select_trainable
+from perp.adapters import Adapter, attach, detach, merge
 from perp.blocks import all_prunable, find_blocks
+from perp.distil import Teacher
 from perp.errors import UserError
 from perp.evaluate import perplexity, window_length
-from perp.linear import swap_linears, unswap
+from perp.iterate import divided, prune_retrain, schedule
+from perp.linear import SparseLinear, swap_linears, unswap
+from perp.modes import MODES
+from perp.parts import adapter_mode, count_trainable, select_trainable
 from perp.progress import Progress, Silent
 from perp.prune import Pruned, prune_model
 from perp.reconstruct import ReconstructSettings
 from perp.report import Report, Row
-from perp.retrain import retrain
+from perp.retrain import RetrainSettings, drawn, retrain
 from perp.settings import RunSettings
 from perp_kernels import Pattern
 
@@ -78,6 +82,7 @@ class _Job:
         self.device = job.device or "cpu"
         self.model: Any
         self.tokenizer: Any
+        self.adapters: dict[str, Adapter] = {}
         self.load()
         checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed))
         for name, linear in all_prunable(self.model).items():
@@ -106,15 +111,19 @@ class _Job:
                 name: torch.ones_like(linear.weight, dtype=torch.bool)
                 for name, linear in all_prunable(self.model).items()
             }
-            rows.append(self.retrain(report.DENSE_RETRAINED, everything))
+            rows += self.retrain(report.DENSE_RETRAINED, everything)
             self.load()
         if "pruned" in job.compare and job.reconstruct != "none":
-            rows.append(self.prune(None)[0])
+            rows.append(self.prune(None, self.pattern)[0])
             self.load()
-        row, pruned = self.prune(job.for_reconstruct)
-        rows.append(row)
+        teacher = self.teacher()
+        *earlier, pattern = schedule(self.pattern, job.cycles, job.schedule)
+        with self.cost() as cost:
+            self.cycles(earlier, teacher)
+        row, pruned = self.prune(job.for_reconstruct, pattern)
+        rows.append(replace(row, seconds=cost.seconds + row.seconds, memory=max(cost.memory, row.memory)))
         if job.retrain:
-            rows.append(self.retrain(report.RETRAINED, pruned.masks))
+            rows += self.retrain(report.RETRAINED, pruned.masks, teacher)
         found = Report(job.title, rows)
         self.save(found, pruned)
         report.write([found], job.out / "perp")
@@ -136,16 +145,39 @@ class _Job:
                 "embeddings; put the model's own tokenizer beside it."
             )
 
-    def prune(self, reconstruct: ReconstructSettings | None) -> tuple[Row, Pruned]:
+    def cycles(self, patterns: list[Pattern], teacher: Teacher | None) -> None:
+        """All cycles of an iterative pruning but the last."""
+        job, trainings = self.job, self.trainings
+        if patterns:
+            prune_retrain(
+                self.model,
+                self.calibration,
+                self.training,
+                patterns,
+                trainings[:-1],
+                job.method,
+                job.for_reconstruct,
+                "block" if job.reconstruct == "none" else job.reconstruct,
+                self.progress,
+                teacher,
+            )
+
+    @property
+    def trainings(self) -> list[RetrainSettings]:
+        """The retraining of each cycle."""
+        settings = self.job.for_retrain
+        return divided(settings, self.job.cycles) if settings else []
+
+    def prune(self, reconstruct: ReconstructSettings | None, pattern: Pattern) -> tuple[Row, Pruned]:
         job = self.job
         with self.cost() as cost:
             pruned = prune_model(
                 self.model,
                 self.calibration,
                 job.method,
-                self.pattern,
+                pattern,
                 reconstruct=reconstruct,
-                granularity="block" if job.reconstruct == "block" else "half-block",
+                granularity="block" if job.reconstruct == "none" else job.reconstruct,
                 progress=self.progress,
             )
         if reconstruct is None:
@@ -156,23 +188,51 @@ class _Job:
         """The share of the model's parameters that reconstruction trains, a unit at a time."""
         _, blocks = find_blocks(self.model)
         swap_linears(self.model, masks)
-        if "mask_lora" in self.job.reconstruct_parts:
-            attach(self.model, r=self.job.rank)
+        if mode := adapter_mode(self.job.reconstruct_parts):
+            attach(self.model, mode, self.job.rank)
         select_trainable(blocks, self.job.reconstruct_parts)
         share = count_trainable(blocks)[0] / count_trainable(self.model)[1]
-        merge(self.model)
+        detach(self.model)
         unswap(self.model)
         return share
 
-    def retrain(self, stage: str, masks: dict[str, Tensor]) -> Row:
-        """Train under these masks and merge; masks that keep everything train the dense model the same way."""
+    def teacher(self) -> Teacher | None:
+        """What the dense model, which is the one loaded, makes of the windows that retraining will draw."""
+        settings = self.job.for_retrain
+        if settings is None or not settings.distil:
+            return None
+        orders = [drawn(len(self.training), training) for training in self.trainings]
+        numbers = torch.cat([numbers for order in orders for numbers in order]).tolist()
+        return Teacher(self.model, self.training, numbers, settings.distil, settings.temperature, self.progress)
+
+    def retrain(self, stage: str, masks: dict[str, Tensor], teacher: Teacher | None = None) -> list[Row]:
+        """Train under these masks and merge; masks that keep everything train the dense model the same way.
+
+        One row; before it, where the merge loses something (lora_prune), one of the model as it was trained.
+        """
+        settings = self.job.for_retrain if stage == report.DENSE_RETRAINED else self.trainings[-1]
+        assert settings is not None
+        mode = MODES.get(adapter_mode(settings.parts) or "")
+        rows = []
         with self.cost() as cost:
             swap_linears(self.model, masks)
-            retrain(self.model, self.training, self.job.for_retrain, self.progress)
+            retrain(
+                self.model,
+                self.training,
+                settings if teacher else replace(settings, distil=0.0),
+                self.progress,
+                teacher,
+            )
             trained, total = count_trainable(self.model)
-            merge(self.model)
-            unswap(self.model)
-        return self.row(stage, cost, trained / total)
+        if mode and not mode.exact:
+            rows.append(self.row(report.UNMERGED if mode.merge_ else stage, cost, trained / total))
+        if mode and not mode.merge_:
+            self.adapters = detach(self.model)
+        merge(self.model)
+        unswap(self.model)
+        if not mode or mode.merge_:
+            rows.append(self.row(stage, cost, trained / total))
+        return rows
 
     def row(self, stage: str, cost: Cost | None = None, trained: float = 0.0) -> Row:
         found = {}
@@ -181,7 +241,7 @@ class _Job:
             found[name] = perplexity(self.model, windows, self.progress)
             self.progress.done()
         cost = cost or Cost()
-        return Row(stage, found, _zeros(all_prunable(self.model).values()), trained, cost.seconds, cost.memory)
+        return Row(stage, found, _zeros(self.model), trained, cost.seconds, cost.memory)
 
     @contextmanager
     def cost(self) -> Iterator[Cost]:
@@ -204,12 +264,16 @@ class _Job:
             perplexity={row.stage: row.perplexity for row in found.rows},
             seconds={row.stage: row.seconds for row in found.rows},
         )
-        checkpoints.save(self.model, self.tokenizer, job.out, pruned.masks, content, job.overwrite, job.packed)
+        checkpoints.save(
+            self.model, self.tokenizer, job.out, pruned.masks, content, job.overwrite, job.packed, self.adapters
+        )
 
 
-def _zeros(linears: Iterable[nn.Linear]) -> float:
-    """The share of exact zeros among these weights."""
-    counts = [(linear.weight.numel(), int(linear.weight.count_nonzero())) for linear in linears]
+def _zeros(model: Any) -> float:
+    """The share of exact zeros among the weights to prune, which may be swapped: adapters beside them do not count."""
+    swapped = [m.sparse_weight.unpack() for m in model.modules() if isinstance(m, SparseLinear)]
+    weights = swapped or [linear.weight for linear in all_prunable(model).values()]
+    counts = [(weight.numel(), int(weight.count_nonzero())) for weight in weights]
     return 1 - sum(kept for _, kept in counts) / sum(total for total, _ in counts)
 
 

@@ -30,10 +30,9 @@ from perp.blocks import (
     to_block,
 )
 from perp.errors import UserError
+from perp.experts import linears
 from perp.models import load
 from perp.tracing import ChildCall, trace
-
-GRANULARITIES = ("block", "half-block")
 
 # A prime number of probe tokens, so that no head count or width of a model is mistaken for it.
 PROBE = 13
@@ -59,7 +58,7 @@ class Unit:
 
     @property
     def linears(self) -> dict[str, Any]:
-        """The unit's linears by qualified name: nn.Linear, or what they have been swapped for."""
+        """The unit's linears by qualified name: nn.Linear, those of open experts, or what they were swapped for."""
         return {f"{self.prefix}.{name}": self.block.get_submodule(name) for name in self.linear_names}
 
     @property
@@ -107,17 +106,19 @@ def units(
 ) -> Iterator[tuple[int, list[Unit]]]:
     """Walk a model, in memory or in a directory (which is loaded): yields each block's index and its units.
 
+    `granularity`: "half-block" or "block"; `perp.spans` has single matrices and several blocks.
+
     `windows` (int64 [n, T]) lends the tokens of the probe; without it they are the first of the vocabulary. The probe
     advances when the caller is done with a block, so a caller may change blocks as it goes. The first block that cannot
     be cut gives the only warning.
     """
-    if granularity not in GRANULARITIES:
-        raise UserError(f"{granularity!r} is no granularity; choose {' or '.join(GRANULARITIES)}.")
+    if granularity not in ("block", "half-block"):
+        raise UserError(f"{granularity!r} is no granularity of a single block; choose block or half-block.")
     if not isinstance(source, PreTrainedModel):
         source, _ = load(str(source))
     prefix, blocks = find_blocks(source)
     if granularity == "block":
-        yield from ((i, [_whole(block, f"{prefix}.{i}")]) for i, block in enumerate(blocks))
+        yield from ((i, [whole(block, f"{prefix}.{i}")]) for i, block in enumerate(blocks))
         return
     probe = torch.arange(PROBE)[None] if windows is None else windows[:1, :PROBE]
     calls = Calls(source, probe)
@@ -153,7 +154,7 @@ def split(block: nn.Module, prefix: str, probe: Tensor, arguments: Arguments) ->
     branches = _branches(block, prefix, calls, tokens)
     if branches and all(close(unit(probe, arguments), hidden_of(result, probe.shape)) for unit, result in branches):
         return [unit for unit, _ in branches]
-    return [_whole(block, prefix)]
+    return [whole(block, prefix)]
 
 
 def _begins_second_half(calls: list[ChildCall], at: int) -> bool:
@@ -211,7 +212,8 @@ def _branches(block: nn.Module, prefix: str, calls: list[ChildCall], tokens: int
     ]
 
 
-def _whole(block: nn.Module, prefix: str) -> Unit:
+def whole(block: nn.Module, prefix: str) -> Unit:
+    """The whole of `block` as one unit."""
     return Unit(prefix, block, prefix, *_share_out(block, {}, default=0, count=1)[0])
 
 
@@ -227,10 +229,10 @@ def _share_out(block: nn.Module, owner: dict[str, int], default: int, count: int
     def of(name: str) -> int:
         return next((i for child, i in owner.items() if f"{name}.".startswith(f"{child}.")), default)
 
-    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    own = linears(block)
     norms = [name for name, module in block.named_modules() if is_norm(module)]
     return [
-        (tuple(name for name in linears if of(name) == i), tuple(name for name in norms if of(name) == i))
+        (tuple(name for name in own if of(name) == i), tuple(name for name in norms if of(name) == i))
         for i in range(count)
     ]
 
