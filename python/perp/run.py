@@ -201,19 +201,21 @@ class _Job:
             )
         if reconstruct is None:
             return self.row(report.PRUNED, cost), pruned
-        return self.row(report.RECONSTRUCTED, cost, self.reconstructed_share(pruned.masks)), pruned
+        return self.row(report.RECONSTRUCTED, cost, self.reconstructed_count(pruned.masks)), pruned
 
-    def reconstructed_share(self, masks: dict[str, Tensor]) -> float:
-        """The share of the model's parameters that reconstruction trains, a unit at a time."""
+    def reconstructed_count(self, masks: dict[str, Tensor]) -> tuple[int, int]:
+        """How many of the model's parameters reconstruction trains, a unit at a time, and how many there are."""
         _, blocks = find_blocks(self.model)
+        # A single matrix has no norms.
+        parts = set(self.job.reconstruct_parts) - ({"norms"} if self.job.reconstruct == "matrix" else set())
         swap_linears(self.model, masks)
-        if mode := adapter_mode(self.job.reconstruct_parts):
+        if mode := adapter_mode(parts):
             attach(self.model, mode, self.job.rank)
-        select_trainable(blocks, self.job.reconstruct_parts)
-        share = count_trainable(blocks)[0] / count_trainable(self.model)[1]
+        select_trainable(blocks, parts)
+        found = count_trainable(blocks)[0], count_trainable(self.model)[1]
         detach(self.model)
         unswap(self.model)
-        return share
+        return found
 
     def teacher(self) -> Teacher | None:
         """What the dense model, which is the one loaded, makes of the windows that retraining will draw."""
@@ -245,25 +247,27 @@ class _Job:
                 teacher,
                 checkpoint,
             )
-            trained, total = count_trainable(self.model)
+            trained = count_trainable(self.model)
         if mode and not mode.exact:
-            rows.append(self.row(report.UNMERGED if mode.merge_ else stage, cost, trained / total))
+            rows.append(self.row(report.UNMERGED if mode.merge_ else stage, cost, trained))
         if mode and not mode.merge_:
             self.adapters = detach(self.model)
         merge(self.model)
         unswap(self.model)
         if not mode or mode.merge_:
-            rows.append(self.row(stage, cost, trained / total))
+            rows.append(self.row(stage, cost, trained))
         return rows
 
-    def row(self, stage: str, cost: Cost | None = None, trained: float = 0.0) -> Row:
+    def row(self, stage: str, cost: Cost | None = None, trained: tuple[int, int] = (0, 1)) -> Row:
+        """The model as it is now; `trained`: how many parameters were trained to get here, of how many."""
         found = {}
         for name, windows in self.held_out.items():
             self.progress.stage(f"perplexity {name}", len(windows))
             found[name] = perplexity(self.model, windows, self.progress)
             self.progress.done()
         cost = cost or Cost()
-        return Row(stage, found, _zeros(self.model), trained, cost.seconds, cost.memory)
+        count, total = trained
+        return Row(stage, found, _zeros(self.model), count / total, cost.seconds, cost.memory, count)
 
     @contextmanager
     def cost(self) -> Iterator[Cost]:
