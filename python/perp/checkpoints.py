@@ -8,6 +8,7 @@ OUT/perp/masks.safetensors  "LAYER.weight" -> uint8 [N, ceil(K/8)], bit j of byt
 OUT/perp/packed.safetensors the pruned linears packed, if asked for: `perp.packed`
 OUT/perp/adapter/           adapters that were kept unmerged: `perp.adapter_files`
 OUT/perp/staging/           only while saving
+OUT/perp/unfinished/        what an interrupted run can go on from, if asked for: `perp.stages`
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from perp.experts import linears
 from perp.linear import SparseLinear
 from perp.models import check_finite, quiet
 
-STAGING = Path("perp", "staging")
+STAGING, UNFINISHED = Path("perp", "staging"), Path("perp", "unfinished")
 MASKS = Path("perp", "masks.safetensors")
 PACKED = packed_files.PACKED
 # One metadata entry, since safetensors writes several in no fixed order and equal masks are to be equal files.
@@ -64,8 +65,8 @@ _MODEL_FILES = (
 def check_output(out: str | Path, overwrite: bool = False, needed: int = 0) -> None:
     """Refuse, before any work, an output directory that could not be written at the end: UserError, one sentence.
 
-    It must be absent or empty, unless `overwrite`, and have room for `needed` bytes. What a killed save left behind
-    counts as empty.
+    It must be absent or empty, unless `overwrite`, and have room for `needed` bytes. What a killed save or run left
+    behind counts as empty.
     """
     out = Path(out)
     try:
@@ -87,9 +88,9 @@ def check_output(out: str | Path, overwrite: bool = False, needed: int = 0) -> N
         )
 
 
-def size(model: nn.Module, packed: bool = False) -> int:
-    """The bytes of a model's weights on the disk, at most, with those of its packed file."""
-    return sum(parameter.nbytes for parameter in model.parameters()) * (2 if packed else 1)
+def size(model: nn.Module, packed: bool = False, resume: bool = False) -> int:
+    """The bytes of a model's weights on the disk, at most, with those of its packed file and of its finished stages."""
+    return sum(parameter.nbytes for parameter in model.parameters()) * (1 + packed + resume)
 
 
 def save(
@@ -119,7 +120,7 @@ def save(
         new = staging / "new"
         (new / MASKS).parent.mkdir(parents=True)
         _write_model(model, tokenizer, new)
-        _write_masks(masks, new / MASKS)
+        write_masks(masks, new / MASKS)
         if packed:
             _write_packed(model, masks, new / PACKED)
         if adapters:
@@ -171,6 +172,11 @@ def load_masks(directory: str | Path) -> dict[str, Tensor]:
     path = Path(directory) / MASKS
     if not path.is_file():
         raise UserError(f"{directory} has no {MASKS}; for a model pruned elsewhere take its masks from its zeros.")
+    return read_masks(path)
+
+
+def read_masks(path: Path) -> dict[str, Tensor]:
+    """The masks of the file that `write_masks` wrote."""
     masks = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -205,7 +211,7 @@ def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
 def _is_empty(out: Path) -> bool:
     entries = {entry.name for entry in out.iterdir()}
     if entries == {"perp"}:
-        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name}
+        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name, UNFINISHED.name}
     # A save killed while moving its files has moved every one of them but config.json.
     unfinished = (out / STAGING).exists() and not (out / "config.json").exists()
     return not entries or (unfinished and entries <= {"perp", *(file.name for file in _model_files(out))})
@@ -260,7 +266,8 @@ def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
             raise
 
 
-def _write_masks(masks: Mapping[str, Tensor], path: Path) -> None:
+def write_masks(masks: Mapping[str, Tensor], path: Path) -> None:
+    """Write the masks, qualified layer name -> bool [N, K] or [E, N, K], as packed bits into the file `path`."""
     bits = {f"{name}.weight": pk.pack_bits(mask.flatten(0, -2)).cpu() for name, mask in masks.items()}
     about: dict[str, Any] = {
         "version": MASK_VERSION,

@@ -32,6 +32,7 @@ from perp.reconstruct import ReconstructSettings
 from perp.report import Report, Row
 from perp.retrain import RetrainSettings, drawn, retrain
 from perp.settings import RunSettings
+from perp.stages import Stages
 from perp_kernels import Pattern
 
 
@@ -84,7 +85,7 @@ class _Job:
         self.tokenizer: Any
         self.adapters: dict[str, Adapter] = {}
         self.load()
-        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed))
+        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed, job.resume))
         for name, linear in all_prunable(self.model).items():
             pattern.check(linear.in_features, name)
         count = job.windows or machine.usual_sizes(self.device)[0]
@@ -104,6 +105,27 @@ class _Job:
         self.job = replace(job, windows=len(self.calibration), seqlen=seqlen)
 
     def run(self, dense: Sequence[Row]) -> Report:
+        job, stages = self.job, Stages(self.job, self.identity)
+        begun = job.resume and stages.begun()
+        rows = [] if begun else self.comparison(dense)
+        teacher = self.teacher()
+        if begun:
+            rows, masks = stages.read(self.model)
+        else:
+            row, masks = self.prune_in_cycles(teacher)
+            rows.append(row)
+            if job.resume and job.retrain:
+                stages.write(self.model, rows, masks)
+        if job.retrain:
+            rows += self.retrain(report.RETRAINED, masks, teacher, stages.retraining if job.resume else None)
+        found = Report(job.title, rows)
+        self.save(found, masks)
+        report.write([found], job.out / "perp")
+        stages.remove()
+        return found
+
+    def comparison(self, dense: Sequence[Row]) -> list[Row]:
+        """The rows of the dense model and of what it is compared with; the model is the dense one again at the end."""
         job = self.job
         rows = list(dense) or [self.row(report.DENSE)]
         if "dense-retrained" in job.compare and job.retrain and not dense:
@@ -116,18 +138,15 @@ class _Job:
         if "pruned" in job.compare and job.reconstruct != "none":
             rows.append(self.prune(None, self.pattern)[0])
             self.load()
-        teacher = self.teacher()
-        *earlier, pattern = schedule(self.pattern, job.cycles, job.schedule)
+        return rows
+
+    def prune_in_cycles(self, teacher: Teacher | None) -> tuple[Row, dict[str, Tensor]]:
+        """Prune to the pattern, after the earlier cycles of an iterative pruning; the row and the masks."""
+        *earlier, pattern = schedule(self.pattern, self.job.cycles, self.job.schedule)
         with self.cost() as cost:
             self.cycles(earlier, teacher)
-        row, pruned = self.prune(job.for_reconstruct, pattern)
-        rows.append(replace(row, seconds=cost.seconds + row.seconds, memory=max(cost.memory, row.memory)))
-        if job.retrain:
-            rows += self.retrain(report.RETRAINED, pruned.masks, teacher)
-        found = Report(job.title, rows)
-        self.save(found, pruned)
-        report.write([found], job.out / "perp")
-        return found
+        row, pruned = self.prune(self.job.for_reconstruct, pattern)
+        return replace(row, seconds=cost.seconds + row.seconds, memory=max(cost.memory, row.memory)), pruned.masks
 
     def load(self) -> None:
         """The dense model, from its files again; the one before is released first."""
@@ -182,19 +201,21 @@ class _Job:
             )
         if reconstruct is None:
             return self.row(report.PRUNED, cost), pruned
-        return self.row(report.RECONSTRUCTED, cost, self.reconstructed_share(pruned.masks)), pruned
+        return self.row(report.RECONSTRUCTED, cost, self.reconstructed_count(pruned.masks)), pruned
 
-    def reconstructed_share(self, masks: dict[str, Tensor]) -> float:
-        """The share of the model's parameters that reconstruction trains, a unit at a time."""
+    def reconstructed_count(self, masks: dict[str, Tensor]) -> tuple[int, int]:
+        """How many of the model's parameters reconstruction trains, a unit at a time, and how many there are."""
         _, blocks = find_blocks(self.model)
+        # A single matrix has no norms.
+        parts = set(self.job.reconstruct_parts) - ({"norms"} if self.job.reconstruct == "matrix" else set())
         swap_linears(self.model, masks)
-        if mode := adapter_mode(self.job.reconstruct_parts):
+        if mode := adapter_mode(parts):
             attach(self.model, mode, self.job.rank)
-        select_trainable(blocks, self.job.reconstruct_parts)
-        share = count_trainable(blocks)[0] / count_trainable(self.model)[1]
+        select_trainable(blocks, parts)
+        found = count_trainable(blocks)[0], count_trainable(self.model)[1]
         detach(self.model)
         unswap(self.model)
-        return share
+        return found
 
     def teacher(self) -> Teacher | None:
         """What the dense model, which is the one loaded, makes of the windows that retraining will draw."""
@@ -205,7 +226,9 @@ class _Job:
         numbers = torch.cat([numbers for order in orders for numbers in order]).tolist()
         return Teacher(self.model, self.training, numbers, settings.distil, settings.temperature, self.progress)
 
-    def retrain(self, stage: str, masks: dict[str, Tensor], teacher: Teacher | None = None) -> list[Row]:
+    def retrain(
+        self, stage: str, masks: dict[str, Tensor], teacher: Teacher | None = None, checkpoint: Path | None = None
+    ) -> list[Row]:
         """Train under these masks and merge; masks that keep everything train the dense model the same way.
 
         One row; before it, where the merge loses something (lora_prune), one of the model as it was trained.
@@ -222,26 +245,29 @@ class _Job:
                 settings if teacher else replace(settings, distil=0.0),
                 self.progress,
                 teacher,
+                checkpoint,
             )
-            trained, total = count_trainable(self.model)
+            trained = count_trainable(self.model)
         if mode and not mode.exact:
-            rows.append(self.row(report.UNMERGED if mode.merge_ else stage, cost, trained / total))
+            rows.append(self.row(report.UNMERGED if mode.merge_ else stage, cost, trained))
         if mode and not mode.merge_:
             self.adapters = detach(self.model)
         merge(self.model)
         unswap(self.model)
         if not mode or mode.merge_:
-            rows.append(self.row(stage, cost, trained / total))
+            rows.append(self.row(stage, cost, trained))
         return rows
 
-    def row(self, stage: str, cost: Cost | None = None, trained: float = 0.0) -> Row:
+    def row(self, stage: str, cost: Cost | None = None, trained: tuple[int, int] = (0, 1)) -> Row:
+        """The model as it is now; `trained`: how many parameters were trained to get here, of how many."""
         found = {}
         for name, windows in self.held_out.items():
             self.progress.stage(f"perplexity {name}", len(windows))
             found[name] = perplexity(self.model, windows, self.progress)
             self.progress.done()
         cost = cost or Cost()
-        return Row(stage, found, _zeros(self.model), trained, cost.seconds, cost.memory)
+        count, total = trained
+        return Row(stage, found, _zeros(self.model), count / total, cost.seconds, cost.memory, count)
 
     @contextmanager
     def cost(self) -> Iterator[Cost]:
@@ -251,22 +277,20 @@ class _Job:
         yield cost
         cost.seconds, cost.memory = time.monotonic() - started, machine.peak(self.device)
 
-    def save(self, found: Report, pruned: Pruned) -> None:
+    def save(self, found: Report, masks: dict[str, Tensor]) -> None:
         job = self.job
         content = manifest.build(
             method=job.method,
             pattern=str(self.pattern),
             parts=job.retrain,
-            masks=pruned.masks,
+            masks=masks,
             data=self.identity,
             seeds={"calibration": job.seed, "training": job.seed + 1},
             settings=json.loads(json.dumps(dataclasses.asdict(job), default=str)),
             perplexity={row.stage: row.perplexity for row in found.rows},
             seconds={row.stage: row.seconds for row in found.rows},
         )
-        checkpoints.save(
-            self.model, self.tokenizer, job.out, pruned.masks, content, job.overwrite, job.packed, self.adapters
-        )
+        checkpoints.save(self.model, self.tokenizer, job.out, masks, content, job.overwrite, job.packed, self.adapters)
 
 
 def _zeros(model: Any) -> float:

@@ -29,6 +29,7 @@ class RunSettings:
     Learning rates left at None are those that suit the parts. `distil`, `temperature` and `precision` are those of
     `RetrainSettings`; `keep_adapters` saves adapters that do not merge (lora) beside the pruned model. `data` is judged
     on its test part, `eval_data` whole. `packed` writes the packed file beside the plain model.
+    `resume` writes down what is done, and goes on from what an interrupted job left (`perp.stages`).
     """
 
     model: str
@@ -68,6 +69,7 @@ class RunSettings:
     trust_remote_code: bool = False
     overwrite: bool = False
     packed: bool = False
+    resume: bool = False
 
     @property
     def title(self) -> str:

@@ -42,9 +42,10 @@ PROBE = 13
 class Unit:
     """A part of a block with an input and an output of its own, both hidden states [b, T, H].
 
-    It is the block, run with each child in `stubs` returning zeros instead of its result, up to its `end`: the end of
-    the block (None), or the input or the output of one child. `follows`: its input is the output of the unit before it,
-    otherwise the block's. Modules are held by name, so that a unit stays valid when its linears are swapped.
+    It is the block, run with each child in `stubs` returning zeros (or its input) instead of its result, up to its
+    `end`: the end of the block (None), or the input or the output of one child. `follows`: its input is the output of
+    the unit before it, otherwise the block's. Modules are held by name, so that a unit stays valid when its linears are
+    swapped.
     """
 
     name: str
@@ -147,8 +148,11 @@ def split(block: nn.Module, prefix: str, probe: Tensor, arguments: Arguments) ->
     calls, output = trace(block, probe, arguments)
     tokens = probe.shape[1]
     for boundary in range(len(calls)):
-        if _begins_second_half(calls, boundary):
-            first, second = _halves(block, prefix, calls, boundary, tokens)
+        if not _begins_second_half(calls, boundary):
+            continue
+        # Most blocks add the stream to what attention gives; some hand the stream to attention, which adds it.
+        for stream in (None, probe.shape):
+            first, second = _halves(block, prefix, calls, boundary, tokens, stream)
             if close(second(first(probe, arguments), arguments), output):
                 return [first, second]
     branches = _branches(block, prefix, calls, tokens)
@@ -168,11 +172,19 @@ def _begins_second_half(calls: list[ChildCall], at: int) -> bool:
     )
 
 
-def _halves(block: nn.Module, prefix: str, calls: list[ChildCall], at: int, tokens: int) -> tuple[Unit, Unit]:
-    """The block up to the input of the norm at `at`, and the rest, in which all that ran before that adds nothing."""
+def _halves(
+    block: nn.Module, prefix: str, calls: list[ChildCall], at: int, tokens: int, stream: torch.Size | None
+) -> tuple[Unit, Unit]:
+    """The block up to the input of the norm at `at`, and the rest, in which all that ran before that adds nothing.
+
+    With `stream`, the shape of a hidden state, the last child with weights before the norm lets the stream through.
+    """
     earlier = {call.child: call.output for call in calls[:at]}
     later = {call.child for call in calls[at:]}
     stubs = {child: _zeros(output, tokens) for child, output in earlier.items() if child not in later}
+    last = next((call for call in reversed(calls[:at]) if call.holds_weights and call.child in stubs), None)
+    if last and stream:
+        stubs[last.child] = _zeros(last.output, tokens, stream)
     first, second = _share_out(block, dict.fromkeys(earlier, 0), default=1, count=2)
     return (
         Unit(f"{prefix} (first half)", block, prefix, *first, end=("input", calls[at].child)),
@@ -237,14 +249,17 @@ def _share_out(block: nn.Module, owner: dict[str, int], default: int, count: int
     ]
 
 
-def _zeros(output: Any, tokens: int) -> Callable[[Tensor], Any]:
+def _zeros(output: Any, tokens: int, stream: torch.Size | None = None) -> Callable[[Tensor], Any]:
     """For a hidden state [b, T, H]: zeros in the structure of `output`, which a child returned for [1, tokens, H].
 
-    Only tensors of one row per token are made; others (attention weights, say) become None.
+    Only tensors of one row per token are made; others (attention weights, say) become None. A tensor of the shape
+    `stream` is the hidden state itself in place of zeros.
     """
     if isinstance(output, (tuple, list)):
-        items = [_zeros(item, tokens) for item in output]
+        items = [_zeros(item, tokens, stream) for item in output]
         return lambda hidden: type(output)(make(hidden) for make in items)
+    if isinstance(output, Tensor) and output.shape == stream:
+        return lambda hidden: hidden
     if isinstance(output, Tensor) and output.shape[:2] == (1, tokens):
         return lambda hidden: hidden.new_zeros(*hidden.shape[:2], *output.shape[2:])
     if isinstance(output, Tensor) and output.shape[:1] == (tokens,):

@@ -62,6 +62,10 @@ FAMILIES: dict[str, Callable[[], tuple[type, t.PretrainedConfig]]] = {
         t.Gemma3TextConfig(**{**_COMMON, **_SLIDING}, layer_types=_LAYER_TYPES),
     ),
     "phi": lambda: (t.PhiForCausalLM, t.PhiConfig(**_COMMON)),
+    "bloom": lambda: (
+        t.BloomForCausalLM,
+        t.BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=2, n_head=4, initializer_range=0.15),
+    ),
     "mistral": lambda: (t.MistralForCausalLM, t.MistralConfig(**_COMMON, sliding_window=4)),
 }
 
@@ -108,18 +112,11 @@ MIXTURES: dict[str, Callable[[], tuple[type, t.PretrainedConfig]]] = {
         ),
     ),
 }
-# Blocks that no cut fits: their halves add the residual stream themselves.
-WHOLE: dict[str, Callable[[], tuple[type, t.PretrainedConfig]]] = {
-    "bloom": lambda: (
-        t.BloomForCausalLM,
-        t.BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=2, n_head=4, initializer_range=0.15),
-    ),
-}
 
 
 def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """A model of the family with random weights, norms and biases moved off their neutral values; in eval mode."""
-    kind, config = {**FAMILIES, **MIXTURES, **WHOLE}[family]()
+    kind, config = {**FAMILIES, **MIXTURES}[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):

@@ -82,6 +82,7 @@ def test_trained_shares_are_counted_from_the_shapes(settings, tmp_path):
     adapters = sum(16 * sum(weight.shape) for weight in linears)
     assert shares[report.RETRAINED] == pytest.approx((adapters + norms) / total)
     assert shares[report.PRUNED] == 0
+    assert {row.stage: row.parameters for row in found.rows}[report.RETRAINED] == adapters + norms
 
 
 def test_a_merge_that_loses_something_is_told_as_two_rows(settings, tmp_path):
