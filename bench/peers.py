@@ -107,3 +107,31 @@ def sparsegpt_block(W: Tensor, U: Tensor, pattern: Pattern) -> tuple[Tensor, Ten
         block[:, j] = pruned
     W.copy_(block)
     return errors, mask
+
+
+def swap_round(weight: Tensor, mask: Tensor, correlation: Tensor, H: Tensor, group: int | None = None) -> None:
+    """A round of SparseSwaps (arXiv 2512.10922) in place: for each row the changes of the loss by all pairs, and the
+    trade of the best where it is negative. weight, mask, correlation [N, K], H [K, K]; pairs within `group` columns."""
+    K = weight.shape[1]
+    columns = torch.arange(K)
+    apart = False if group is None else columns[:, None] // group != columns // group
+    diagonal = H.diagonal()
+    for w, kept, c in zip(weight, mask, correlation, strict=True):
+        u, p = (2 * w * c + w**2 * diagonal)[:, None], (w**2 * diagonal - 2 * w * c)[None, :]
+        changes = u + p - 2 * torch.outer(w, w) * H
+        changes.masked_fill_(~kept[:, None] | kept[None, :] | apart, torch.inf)
+        best = int(changes.argmin())
+        if changes.view(-1)[best] < 0:
+            u_place, p_place = divmod(best, K)
+            kept[u_place], kept[p_place] = False, True
+            c += w[u_place] * H[u_place] - w[p_place] * H[p_place]
+
+
+def masked_refit(weight: Tensor, mask: Tensor, H: Tensor, damp: float) -> Tensor:
+    """The kept weights [N, K] that fit the whole row best under H + damp mean(diag H) I: one Cholesky solve a row."""
+    A = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
+    targets, new = weight @ A, torch.zeros_like(weight)
+    for kept, target, out in zip(mask, targets, new, strict=True):
+        factor = torch.linalg.cholesky(A[kept][:, kept])
+        out[kept] = torch.cholesky_solve(target[kept, None], factor).squeeze(1)
+    return new

@@ -38,6 +38,7 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.int64: "*i64",
     torch.int8: "*i8",
+    torch.int32: "*i32",
 }
 
 
@@ -137,6 +138,7 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Callable[[
         select,
         sparse_linear,
         sparsegpt,
+        swap_round,
         unpack,
     )
 
@@ -147,12 +149,18 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Callable[[
         scores = _rows(N, K, torch.float32)
         yield f"select 2:4 {N}x{K}", _call(select.choose, scores, Pattern.parse("2:4"))
         yield f"select 0.5/row {N}x{K}", _call(select.choose, scores, Pattern.parse("0.5/row"))
+    weight, norms = _rows(4096, 4096, dtype), torch.empty(4096, device="meta")
+    for pattern in ("2:4", "0.5/row"):
+        yield f"wanda_select {pattern} 4096x4096", _call(select.choose, weight, Pattern.parse(pattern), norms)
     columns, factor, errors = (
         _rows(rows, K, torch.float32)[:, :128] for rows, K in ((4096, 4096), (128, 128), (4096, 128))
     )
     kept = columns.new_empty(4096, 4096, dtype=torch.bool)[:, :128]
     for pattern in ("2:4", "0.5/row"):
         yield f"sparsegpt {pattern} b=128", _call(sparsegpt.sparsegpt_block_, columns, factor, pattern, errors, kept)
+    for N, K, pattern in ((1024, 4096, "0.6"), (4096, 14336, "0.6"), (4096, 4096, "2:4")):
+        state = _rows(N, K, dtype), _rows(N, K, torch.bool), _rows(N, K, torch.float32), _rows(K, K, torch.float32)
+        yield f"swap_round_ {pattern} {N}x{K}", _call(swap_round.swap_round_, *state, pattern)
     N, K, T = 4096, 11008, 4096
     shape, dy, x = [N, K], _rows(T, N, dtype), _rows(T, K, dtype)
     for layout in ("bitmap", "semi24"):

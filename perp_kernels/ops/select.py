@@ -53,7 +53,7 @@ def _matrix(scores: Tensor, pattern: Pattern) -> Tensor:
     return keep_highest(scores, pattern.pruned(K))
 
 
-def _reference(scores: Tensor, pattern: str) -> Tensor:
+def reference(scores: Tensor, pattern: str) -> Tensor:
     if bool(scores.isnan().any()):
         raise ValueError(NAN)
     parsed = Pattern.parse(pattern)
@@ -68,7 +68,7 @@ def _fake(scores: Tensor, pattern: str) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
-_select = define("select(Tensor scores, str pattern) -> Tensor", _reference, _fake)
+_select = define("select(Tensor scores, str pattern) -> Tensor", reference, _fake)
 
 
 def select(scores: Any, pattern: str | Pattern) -> Tensor:

@@ -16,7 +16,7 @@ QUICK = [case for case in CASES if case.quick]
 
 
 def test_every_op_of_the_package_is_listed_under_its_own_name() -> None:
-    solvers = {"gram_", "select", "sparsegpt", "sparsegpt_block_"}
+    solvers = {"gram_", "masked_refit", "select", "sparsegpt", "sparsegpt_block_", "swap_round_", "wanda_select"}
     assert set(OPS) == solvers | {"masked_lora_linear", "pack", "sparse_linear", "unpack"}
     assert all(case.op == op.name for op in OPS.values() for case in op.cases)
 

@@ -19,7 +19,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Kernels that move or add numbers but multiply no matrices, and products too small for the newest instructions.
-NO_PRODUCT = {"add_parts_kernel", "select_groups_kernel", "select_row_kernel", "prune_block_kernel"}
+NO_PRODUCT = {
+    "add_parts_kernel",
+    "select_groups_kernel",
+    "select_row_kernel",
+    "prune_block_kernel",
+    "pair_rows_kernel",
+    "pair_groups_kernel",
+    "trade_kernel",
+}
 WHOLE_TILES = {"gram_kernel", "value_gradient_kernel", "adapter_gradients_kernel"}
 
 # Each kernel once or twice, in the layouts in which it differs: bench.resources, which takes minutes, has the rest.
@@ -29,6 +37,10 @@ NAMES = {
     "select 0.5/row 8192x28672",
     "sparsegpt 2:4 b=128",
     "sparsegpt 0.5/row b=128",
+    "swap_round_ 0.6 4096x14336",
+    "swap_round_ 2:4 4096x4096",
+    "wanda_select 2:4 4096x4096",
+    "wanda_select 0.5/row 4096x4096",
     "unpack semi24",
     "sparse_linear bitmap T=1",
     "sparse_linear semi24 T=64",

@@ -24,6 +24,9 @@ def triton(*ops: str) -> Iterator[None]:
         "prune_block": {"BN": 16},
         "select_groups": {"GROUPS": 16},
         "select_row": {"PART": 16},
+        "pair_rows": {"BN": 16, "BU": 16, "BP": 16},
+        "pair_groups": {"BN": 16, "BU": 16},
+        "trade": {"BLOCK": 16},
     }
     with pk.backend("triton"), launch.override(**configurations), dispatch.served() as served:
         yield
