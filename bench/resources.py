@@ -38,6 +38,7 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.int64: "*i64",
     torch.int8: "*i8",
+    torch.int32: "*i32",
 }
 
 
@@ -129,16 +130,7 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, a call of an op's launcher) at shapes that the benchmarks report."""
-    from perp_kernels.triton import (
-        gram,
-        masked_lora_linear,
-        merge,
-        scale_lora_linear,
-        select,
-        sparse_linear,
-        sparsegpt,
-        unpack,
-    )
+    from perp_kernels.triton import adapted, gram, select, sparse_linear, sparsegpt, unpack
 
     for K in (4096, 14336):
         H = torch.empty(K, K, device="meta")
@@ -178,14 +170,14 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Callable[[
             suffix = f"{layout} r={r}" + (" fp32" if adapters != dtype else "")
             yield (
                 f"masked_lora_linear {suffix}",
-                _call(masked_lora_linear.masked_lora_linear_backward, dy, x, *w, shape, A, B, 1.5, None, needs),
+                _call(adapted.masked_lora_linear_backward, dy, x, *w, shape, A, B, 1.5, None, needs),
             )
             if layout == "bitmap":
-                yield f"add_lowrank_ {suffix}", _call(merge.add_lowrank_, *w, shape, A, B, 1.5)
+                yield f"add_lowrank_ {suffix}", _call(adapted.add_lowrank_, *w, shape, A, B, 1.5)
         A, B = _rows(16, K, dtype), _rows(N, 16, dtype)
         yield (
             f"scale_lora_linear {layout} r=16",
-            _call(scale_lora_linear.scale_lora_linear_backward, dy, x, *w, shape, A, B, None, needs),
+            _call(adapted.scale_lora_linear_backward, dy, x, *w, shape, A, B, None, needs),
         )
 
 
