@@ -2,8 +2,8 @@
 
 `tile_start` gives, for each row of a tile, the position in `values` where the tile begins, and `index_tile` its index
 bytes, one for eight columns: apart from the rest, so that a loop can ask for the next tile's before it needs them. From
-both, `read_tile` and `write_tile` move the values of a packed layout, and `locate` gives the kept columns of any layout,
-the rank of each among those of its row, and where the next tile to the right begins.
+both, `read_tile` and `write_tile` move the values of a packed layout, and `locate` gives any layout's kept columns, the
+rank of each among those of its row, and where the next tile to the right begins.
 
 The host describes a weight by `arguments` and `switches`.
 """

@@ -38,6 +38,10 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
 
+    def values(self) -> dict[str, int]:
+        """All numbers by name."""
+        return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
     def with_values(self, values: Mapping[str, int]) -> Config:
         """This configuration with some numbers replaced, by name."""
         rest = dict(values)
