@@ -1,4 +1,4 @@
-"""The Triton kernels, one module per op, and their registration.
+"""The Triton kernels, a module per op or family of ops, and their registration.
 
 Triton itself is imported with the first kernel that runs, so that this package loads where there is none. A kernel's
 tile sizes come from `perp_kernels/tuning/sm_ARCH.json` or from an analytical default: nothing is tuned at a call.
@@ -133,10 +133,10 @@ _register("sparsegpt", "sparsegpt", _sparsegpt)
 _register("sparsegpt_block_", "sparsegpt", _sparsegpt_block)
 _register("swap_round_", "swap_round", _swap_round)
 _register("unpack", "unpack", _unpack)
-_register("add_lowrank_", "merge", _merge)
-_register("mul_lowrank_", "merge", _merge)
+_register("add_lowrank_", "adapted", _merge)
+_register("mul_lowrank_", "adapted", _merge)
 _register("sparse_linear", "sparse_linear", _linear)
 _register("sparse_linear_backward", "sparse_linear", _sparse_backward)
 for _op in ("masked_lora_linear", "scale_lora_linear"):
-    _register(_op, _op, _adapted)
-    _register(f"{_op}_backward", _op, _adapted_backward)
+    _register(_op, "adapted", _adapted)
+    _register(f"{_op}_backward", "adapted", _adapted_backward)
