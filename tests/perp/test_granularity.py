@@ -61,9 +61,8 @@ def test_units_read_and_are_fitted_to_what_was_asked(granularity, size, inputs, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("inputs, targets", REGIMES)
-@pytest.mark.parametrize("family", ["llama", "phi"])
-def test_matrices_read_and_are_fitted_to_what_was_asked(family, inputs, targets):
-    dense, ids = build(family), windows(3, 16)
+def test_matrices_read_and_are_fitted_to_what_was_asked(inputs, targets):
+    dense, ids = build("llama"), windows(3, 16)
     model = copy.deepcopy(dense)
     settings = ReconstructSettings(("kept",), inputs=inputs, targets=targets, **STILL)
     pruned = prune_model(model, ids, "wanda", "0.5", settings, "matrix")
@@ -89,9 +88,20 @@ def test_matrices_read_and_are_fitted_to_what_was_asked(family, inputs, targets)
         assert losses.before == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("inputs, targets", REGIMES[:3])
-@pytest.mark.parametrize("granularity", ["matrix", "half-block", "block", "2-blocks", "model"])
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize(
+    "family, granularity, inputs, targets",
+    [
+        ("llama", "matrix", *REGIMES[1]),
+        ("llama", "half-block", *REGIMES[1]),
+        ("llama", "half-block", *REGIMES[2]),
+        ("llama", "block", *REGIMES[2]),
+        ("llama", "2-blocks", *REGIMES[0]),
+        ("llama", "model", *REGIMES[1]),
+        ("phi", "matrix", *REGIMES[0]),
+        ("phi", "half-block", *REGIMES[1]),
+        ("phi", "half-block", *REGIMES[2]),
+    ],
+)
 def test_every_size_fits_better_and_keeps_the_zeros(family, granularity, inputs, targets):
     model, ids = build(family), windows(6, 16)
     settings = ReconstructSettings(lr=5e-3, inputs=inputs, targets=targets)
@@ -127,7 +137,7 @@ def test_losses_are_their_definitions():
         assert error(torch.ones(1, 4), torch.zeros(1, 4)).isfinite()
 
 
-@pytest.mark.parametrize("parts", [("kept", "norms"), ("mask_lora", "norms"), ("scale_lora",), ("full",)])
+@pytest.mark.parametrize("parts", [("mask_lora", "norms"), ("full",)])
 def test_a_span_of_one_block_is_that_block(parts):
     """The same training to the bit, although a span computes each block again in the backward pass."""
     found = []
