@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from perp import adapters, checkpoints, experts, manifest, parts, retrain, run
 from perp.blocks import all_prunable, find_blocks
+from perp.errors import UserError
 from perp.linear import SparseLinear, swap_linears, unswap
 from perp.modes import MODES
 from perp.packed_model import load_packed
@@ -194,6 +195,20 @@ def test_the_whole_job(tmp_path):
     assert all(not all_prunable(again)[name].weight[~mask].any() for name, mask in masks.items())
     packed, _ = load_packed(job.out)
     assert packed(windows(2)).logits.allclose(again(windows(2)).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_of_experts_cannot_be_kept(tmp_path):
+    job = RunSettings(
+        model=str(tiny.model_dir(tmp_path, "mixtral")),
+        out=tmp_path / "out",
+        data=str(tiny.text_file(tmp_path)),
+        retrain=("lora",),
+        keep_adapters=True,
+        seqlen=16,
+        device="cpu",
+    )
+    with pytest.raises(UserError, match="is of several experts, whose adapters no tool loads; retrain mask_lora"):
+        run.run(job)
 
 
 def test_what_is_a_router():
