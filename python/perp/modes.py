@@ -10,6 +10,9 @@
 
 From PERP (arXiv 2312.15230); spp as in A Free Lunch in LLM Compression (arXiv 2510.14444). A is [r, K], B [N, r] and
 s = alpha / r; scale_lora has no s. With experts each has their number in front. Uniform is ±1/√K, PEFT's choice.
+
+scale_lora is as published. From its start all r rows of A, and columns of B, get equal gradients and stay equal, so
+that it trains one rank whatever r is. spp, which scales the same weights, has no such symmetry.
 """
 
 from __future__ import annotations

@@ -39,16 +39,16 @@ class Checkpoint:
         if not self.path.exists():
             return []
         try:
-            state = torch.load(self.path, map_location=self.device, weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             known = state["identity"]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.path} is damaged; delete it to train from the beginning.") from error
         if known != self.identity:
             raise UserError(f"{self.path} is of another training; delete it, or give another file.")
         optimiser.resume(state["optimiser"])
-        torch.set_rng_state(state["random"].cpu())
+        torch.set_rng_state(state["random"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random of the device"].cpu(), self.device)
+            torch.cuda.set_rng_state(state["random of the device"], self.device)
         return list(state["losses"])
 
     def write(self, optimiser: AdamW, losses: list[float]) -> None:

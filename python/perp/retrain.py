@@ -157,5 +157,7 @@ def _check(model: Any, windows: Tensor, settings: RetrainSettings, teacher: Teac
         )
     if settings.batch < 1 or settings.micro_batch < 1:
         raise UserError("the batch and the micro-batch must be at least one window.")
+    if settings.precision == "bf16" and model.dtype == torch.float16:
+        raise UserError("the model is float16, which bf16 does not widen; load it in float32 or bfloat16.")
     if settings.distil and teacher is None:
         raise UserError("distillation needs a teacher: make a perp.Teacher of the dense model, or set distil to 0.")

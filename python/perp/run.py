@@ -88,6 +88,10 @@ class _Job:
         checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed, job.resume))
         for name, linear in all_prunable(self.model).items():
             pattern.check(linear.in_features, name)
+            if linear.weight.ndim > 2 and job.keep_adapters:
+                raise UserError(
+                    f"{name} is of several experts, whose adapters no tool loads; retrain mask_lora instead."
+                )
         count = job.windows or machine.usual_sizes(self.device)[0]
         seqlen = window_length(self.model, job.seqlen)
         enough = max(count, job.steps * job.batch if job.retrain else 0)

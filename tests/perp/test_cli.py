@@ -101,9 +101,10 @@ def test_run_saves_a_pruned_model_and_tells_of_every_state(model, text, tmp_path
     assert not list(out.rglob("*staging*"))
 
 
-def test_eval_agrees_with_the_run_that_saved_the_model(model, text, tmp_path):
+@pytest.mark.parametrize("recovery", [["--retrain", "none"], ["--retrain", "lora", "--keep-adapters", "--lr", "0.1"]])
+def test_eval_agrees_with_the_run_that_saved_the_model(model, text, tmp_path, recovery):
     out = tmp_path / "out"
-    assert call("run", model, "--data", text, "--out", out, "--retrain", "none", "-q", *SMALL).exit_code == 0
+    assert call("run", model, "--data", text, "--out", out, *recovery, "-q", *SMALL).exit_code == 0
     rows = json.loads((out / "perp" / "report.json").read_text())[0]["rows"]
     result = call("eval", out, "--data", text, "--seqlen", 16, "--windows", 2)
     assert result.exit_code == 0, result.output
@@ -227,6 +228,13 @@ def test_an_output_directory_that_cannot_be(model, text, tmp_path):
         (["--reconstruct", "quarter"], "half-block"),
         (["--retrain", "everything"], "mask_lora"),
         (["--reconstruct-parts", "heads"], "norms"),
+        (["--granularity", "layer"], "4-blocks"),
+        (["--granularity", "none", "--loss", "cosine"], "--loss is of reconstruction"),
+        (["--targets", "dense"], "dense-model"),
+        (["--retrain", "lora"], "--keep-adapters"),
+        (["--retrain", "kept,spp"], "same weights"),
+        (["--cycles", "2", "--retrain", "none"], "parts to retrain"),
+        (["--precision", "fp8"], "bf16"),
         (["--compare", "nothing"], "dense-retrained"),
         (["--dtype", "int8"], "bfloat16"),
         (["--windows", "0"], "at least 1"),
@@ -272,7 +280,7 @@ def test_doctor():
     assert "Kernels" in result.stdout
 
 
-@pytest.mark.parametrize("family", sorted({"opt", "neox-parallel", "qwen3", "gemma2", "phi"} & set(FAMILIES)))
+@pytest.mark.parametrize("family", sorted({"opt", "neox-parallel", "qwen3", "gemma2", "phi", "bloom"} & set(FAMILIES)))
 def test_families_run_unchanged(family, text, tmp_path):
     model = tiny.model_dir(tmp_path, family)
     result = call("run", model, "--data", text, "--out", tmp_path / "out", "-q", *SMALL)

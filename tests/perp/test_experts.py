@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from perp import adapters, checkpoints, experts, manifest, parts, retrain
+from perp import adapters, checkpoints, experts, manifest, parts, retrain, run
 from perp.blocks import all_prunable, find_blocks
+from perp.errors import UserError
 from perp.linear import SparseLinear, swap_linears, unswap
 from perp.modes import MODES
+from perp.packed_model import load_packed
 from perp.prune import prune_model
 from perp.reconstruct import ReconstructSettings
 from perp.retrain import RetrainSettings
+from perp.settings import RunSettings
 from tests.perp import tiny
 from tests.perp.families import MIXTURES, build, windows
 
@@ -166,6 +169,46 @@ def test_saved_with_its_masks_and_loaded_plain(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert all(torch.equal(mask, pruned.masks[name]) for name, mask in checkpoints.masks_from_zeros(again).items())
+
+
+def test_the_whole_job(tmp_path):
+    job = RunSettings(
+        model=str(tiny.model_dir(tmp_path, "mixtral")),
+        out=tmp_path / "out",
+        pattern="2:4",
+        data=str(tiny.text_file(tmp_path)),
+        epochs=1,
+        steps=2,
+        batch=1,
+        windows=4,
+        seqlen=16,
+        eval_windows=2,
+        device="cpu",
+        precision="bf16",
+        packed=True,
+    )
+    rows = run.run(job).rows
+    assert [row.zeros for row in rows] == [0, 0.5, 0.5, 0.5]
+    again = AutoModelForCausalLM.from_pretrained(job.out)
+    masks = checkpoints.load_masks(job.out)
+    assert len(masks) == 2 * (4 + 2)
+    assert all(not all_prunable(again)[name].weight[~mask].any() for name, mask in masks.items())
+    packed, _ = load_packed(job.out)
+    assert packed(windows(2)).logits.allclose(again(windows(2)).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_of_experts_cannot_be_kept(tmp_path):
+    job = RunSettings(
+        model=str(tiny.model_dir(tmp_path, "mixtral")),
+        out=tmp_path / "out",
+        data=str(tiny.text_file(tmp_path)),
+        retrain=("lora",),
+        keep_adapters=True,
+        seqlen=16,
+        device="cpu",
+    )
+    with pytest.raises(UserError, match="is of several experts, whose adapters no tool loads; retrain mask_lora"):
+        run.run(job)
 
 
 def test_what_is_a_router():

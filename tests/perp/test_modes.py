@@ -115,6 +115,22 @@ def test_adapters_stay_fp32_beside_16_bit_weights(mode: str, dtype: torch.dtype)
     assert layer(x).dtype == dtype
 
 
+def test_scale_lora_trains_one_rank_whatever_its_rank_is() -> None:
+    """A property of the published start, told in the module: equal rows of A get equal gradients."""
+    layer, _, _ = made("scale_lora")
+    adapters.detach(layer)
+    adapters.attach(layer, "scale_lora", r=4)
+    adam = torch.optim.Adam(parts.select_trainable(layer, {"scale_lora"}), lr=1e-2)
+    for _ in range(3):
+        x = torch.randn(8, K, dtype=torch.float64)
+        (layer(x) - torch.randn(8, N, dtype=torch.float64)).square().sum().backward()
+        adam.step()
+        adam.zero_grad()
+    assert (layer.lora_A - 0.5).abs().max() > 1e-2
+    torch.testing.assert_close(layer.lora_A, layer.lora_A[:1].expand(4, K), rtol=1e-9, atol=0)
+    torch.testing.assert_close(layer.lora_B, layer.lora_B[:, :1].expand(N, 4), rtol=1e-9, atol=0)
+
+
 def test_lora_refuses_to_merge_and_is_taken_off_instead() -> None:
     layer, W, _ = made("lora")
     A, B = layer.lora_A.detach(), layer.lora_B.detach()

@@ -6,6 +6,7 @@ import torch
 
 from perp import adapters, precision, retrain
 from perp.blocks import is_norm
+from perp.errors import UserError
 from perp.linear import SparseLinear, unswap
 from perp.retrain import RetrainSettings
 
@@ -61,6 +62,11 @@ def test_what_is_narrow_inside():
         assert model(families.windows()).logits.dtype == torch.bfloat16
         assert all(p.dtype == torch.bfloat16 and m.dtype == torch.float32 for p, m in masters.items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_float16_is_refused():
+    with pytest.raises(UserError, match="float16, which bf16 does not widen"):
+        retrain.retrain(families.pruned(dtype=torch.float16), families.windows(), SETTINGS)
 
 
 def test_a_model_already_narrow_trains_as_it_is():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
@@ -67,10 +68,10 @@ def eval(
 ) -> None:
     """Judge a model: perplexity on text, or accuracy on tasks.
 
-    Perplexity is that of the papers: non-overlapping windows, each token but a window's first predicted from those
-    before it in the window.
+    Adapters kept beside the model (perp run --keep-adapters) take part. Perplexity is that of the papers:
+    non-overlapping windows, each token but a window's first predicted from those before it in the window.
     """
-    from perp import evaluate, machine, models, report
+    from perp import adapter_files, evaluate, machine, models, report
 
     device = machine.find_device(device)
     machine.check_dtype(dtype)
@@ -79,6 +80,8 @@ def eval(
     models.check_model(model, trust_remote_code)
     texts = evaluate.read_texts(data or ["demo"], part) if tasks is None else {}
     subject, tokenizer = models.load(model, dtype, device, trust_remote_code)
+    if (Path(model) / adapter_files.ADAPTER).is_dir():
+        adapter_files.load(subject, model)
     if tasks is not None:
         found = report.pairs("task", evaluate.on_tasks(subject, tokenizer, names(tasks), limit))
     else:
