@@ -147,6 +147,9 @@ class _Job:
                 reconstruct=reconstruct,
                 granularity="block" if job.reconstruct == "block" else "half-block",
                 progress=self.progress,
+                refine=job.for_refine,
+                refit=job.refit,
+                allocate=job.allocate,
             )
         if reconstruct is None:
             return self.row(report.PRUNED, cost), pruned
@@ -198,6 +201,10 @@ class _Job:
             pattern=str(self.pattern),
             parts=job.retrain,
             masks=pruned.masks,
+            refined={
+                name: {"before": layer.before, "after": layer.after, "steps": layer.steps}
+                for name, layer in pruned.refined.items()
+            },
             data=self.identity,
             seeds={"calibration": job.seed, "training": job.seed + 1},
             settings=json.loads(json.dumps(dataclasses.asdict(job), default=str)),

@@ -6,31 +6,39 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from perp import checkpoints, machine, manifest, models, pruners
+from perp import checkpoints, machine, manifest, models, prune, pruners
 from perp.adapters import PARTS
 from perp.errors import UserError
 from perp.reconstruct import ReconstructSettings
+from perp.refine import METHODS as REFINE
+from perp.refine import RefineSettings
 from perp.retrain import RetrainSettings
 from perp_kernels import Pattern
 
 RECONSTRUCT = ("none", "half-block", "block")
 COMPARE = ("pruned", "dense-retrained")
+_COUNTS = ("windows", "seqlen", "eval_windows", "refine_steps", "epochs", "reconstruct_batch", "steps", "batch", "rank")
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """One job. `windows` and `seqlen` left at None become 128 x 2048 on a GPU and 32 x 512 on a CPU.
 
-    `retrain` names the parts trained on the language-model loss (empty: none); `compare` the further lines measured:
-    "pruned" (no recovery) and "dense-retrained" (the dense model trained on the same text). Learning rates left at None
-    are those that suit the parts. `data` is judged on its test part, `eval_data` whole. `packed` writes the packed
-    file beside the plain model.
+    `retrain` names the parts trained on the language-model loss (empty: none); `refine` names how masks are improved
+    ("none": not), `refit` fits the kept weights in closed form, `allocate` spreads a share over the blocks; `compare`
+    the further lines measured: "pruned" (no recovery) and "dense-retrained" (the dense model trained on the same
+    text). Learning rates left at None are those that suit the parts. `data` is judged on its test part, `eval_data`
+    whole. `packed` writes the packed file beside the plain model.
     """
 
     model: str
     out: Path
     pattern: str = "0.5"
     method: str = "wanda"
+    allocate: str = "uniform"
+    refine: str = "none"
+    refine_steps: int | None = None
+    refit: bool = False
     reconstruct: str = "half-block"
     reconstruct_parts: tuple[str, ...] = ("kept", "norms")
     reconstruct_lr: float | None = None
@@ -58,7 +66,15 @@ class RunSettings:
 
     @property
     def title(self) -> str:
-        return f"{self.method} {self.pattern}"
+        added = [self.refine] * (self.refine != "none") + ["refit"] * self.refit
+        spread = f" {self.allocate}" * (self.allocate != "uniform")
+        return " + ".join([f"{self.method} {self.pattern}{spread}", *added])
+
+    @property
+    def for_refine(self) -> RefineSettings | None:
+        if self.refine == "none":
+            return None
+        return RefineSettings(method=self.refine, steps=self.refine_steps)
 
     @property
     def for_reconstruct(self) -> ReconstructSettings | None:
@@ -94,8 +110,9 @@ class RunSettings:
 def check(settings: RunSettings) -> Pattern:
     """Refuse what cannot work before any weight or text is read; gives the parsed pattern."""
     pattern = Pattern.parse(settings.pattern)
-    pruners.get(settings.method)
+    scoped = pruners.resolve(settings.method, pattern)[1]
     for name, given, known in (
+        ("refine", [settings.refine], ("none", *REFINE)),
         ("reconstruct", [settings.reconstruct], RECONSTRUCT),
         ("reconstruct parts", settings.reconstruct_parts, PARTS),
         ("retrain", settings.retrain, PARTS),
@@ -103,7 +120,7 @@ def check(settings: RunSettings) -> Pattern:
     ):
         if unknown := sorted(set(given) - set(known)):
             raise UserError(f"{name} cannot be {unknown[0]!r}; choose among {', '.join(known)}.")
-    for name in ("windows", "seqlen", "eval_windows", "epochs", "reconstruct_batch", "steps", "batch", "rank"):
+    for name in _COUNTS:
         least = 2 if name == "seqlen" else 1
         value = getattr(settings, name)
         if value is not None and value < least:
@@ -112,6 +129,10 @@ def check(settings: RunSettings) -> Pattern:
         value = getattr(settings, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{name.replace('_lr', ' learning rate')} is {value}; it must be a positive number.")
+    refine = settings.for_refine
+    prune.check(settings.method, scoped, refine, settings.refit, settings.allocate)
+    if refine and settings.windows is not None:
+        refine.windows(settings.windows)
     machine.find_device(settings.device)
     machine.check_dtype(settings.dtype)
     # Parts that exclude each other are refused by the settings they go to.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,10 +18,20 @@ Kind = Literal["norms", "gram"]
 
 @dataclass
 class Statistics:
-    """fp32 sums over the tokens a linear was fed: x² per input ("norms", [K]) or the Gram XᵀX ("gram", [K, K])."""
+    """fp32 sums over the tokens a linear was fed: x² per input ("norms", [K]) or the Gram XᵀX ("gram", [K, K]).
+
+    `held_out`: those of the windows that were held out, which are not in `sums`.
+    """
 
     sums: Tensor
     tokens: int = 0
+    held_out: Statistics | None = None
+
+    def pooled(self) -> Statistics:
+        """Those of all windows."""
+        if self.held_out is None:
+            return self
+        return Statistics(self.sums + self.held_out.sums, self.tokens + self.held_out.tokens)
 
     @property
     def square_sums(self) -> Tensor:
@@ -45,20 +55,25 @@ def collect(
     inputs: Sequence[Tensor],
     arguments: ArgumentsOf,
     kind: Kind,
+    held_out: Collection[int] = (),
 ) -> dict[str, Statistics]:
     """Run the block over all windows and return each linear's statistics by its name in `linears`.
 
     `inputs`: hidden states [1, T, H], one per window; `arguments(window_ids)`: the rest of the block's call. Linears
-    that read the very same tensors in the first window (queries, keys and values do) share one object. A linear that
-    never ran has 0 tokens. UserError, naming the linear, where activations are NaN or infinite.
+    that read the very same tensors in the first window (queries, keys and values do) share one object. The windows in
+    `held_out` are summed apart. A linear that never ran has 0 tokens. UserError, naming the linear, where activations
+    are NaN or infinite.
     """
     found = {name: _empty(linear, kind) for name, linear in linears.items()}
+    for name, linear in linears.items():
+        found[name].held_out = _empty(linear, kind) if held_out else None
+    apart = False
     read: dict[str, list[Tensor]] = {name: [] for name in linears}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            found[name].add(x)
+            ((apart and found[name].held_out) or found[name]).add(x)
             if name in read:
                 read[name].append(x)
 
@@ -67,6 +82,7 @@ def collect(
     hooks = {name: linear.register_forward_pre_hook(hook(name), with_kwargs=True) for name, linear in linears.items()}
     try:
         for window, hidden in enumerate(inputs):
+            apart = window in held_out
             run_block(block, hidden, arguments([window]))
             if window == 0:
                 for name, same in _alike(read).items():
@@ -77,7 +93,8 @@ def collect(
         for handle in hooks.values():
             handle.remove()
     for name, statistics in found.items():
-        if not statistics.sums.isfinite().all():
+        parts = (statistics, statistics.held_out or statistics)
+        if not all(part.sums.isfinite().all() for part in parts):
             raise UserError(f"the activations that {name} reads are NaN or infinite; load the model in float32.")
     return found
 
