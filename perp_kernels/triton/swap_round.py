@@ -156,7 +156,9 @@ def trade_kernel(
 def _config(gpu: Target, K: int, M: int) -> Config:
     if M < K:
         return configure("pair_groups", gpu, f"M={M}", Config({"BN": 8, "BU": 128}, num_warps=4, num_stages=1))
-    return configure("pair_rows", gpu, f"K={K}", Config({"BN": 16, "BU": 16, "BP": 32}, num_warps=4, num_stages=2))
+    # A pair takes (7 BN + 4 BU) / (BN BU) bytes from L2, 7 for the state of p in each row and 4 for its H: half a byte
+    # here, so that reading takes less time than the three instructions. Longer p tiles would leave room for few warps.
+    return configure("pair_rows", gpu, f"K={K}", Config({"BN": 16, "BU": 32, "BP": 8}, num_warps=4, num_stages=2))
 
 
 def _parts(gpu: Target, row_tiles: int, column_tiles: int) -> int:

@@ -20,6 +20,7 @@ _PUBLIC = {
     "sample": "perp.data:sample",
     "perplexity": "perp.evaluate:perplexity",
     "prune_model": "perp.prune:prune_model",
+    "RefineSettings": "perp.refine:RefineSettings",
     "ReconstructSettings": "perp.reconstruct:ReconstructSettings",
     "SparseLinear": "perp.linear:SparseLinear",
     "swap_linears": "perp.linear:swap_linears",

@@ -77,7 +77,11 @@ def _code(interrupt: KeyboardInterrupt) -> int:
 
 
 def _is_input(error: ValueError) -> bool:
-    """Whether the kernel package raised it: its ValueErrors are sentences about the input, others' are bugs here."""
+    """Whether it is a PatternError, or the kernel package raised it, whose ValueErrors are sentences about the input:
+    others' are bugs here."""
+    # Told by its name, as torch's class above: no command has to import the kernels for it.
+    if type(error).__name__ == "PatternError":
+        return True
     *_, (last, _) = traceback.walk_tb(error.__traceback__)
     return last.f_globals.get("__name__", "").partition(".")[0] == "perp_kernels"
 

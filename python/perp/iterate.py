@@ -80,16 +80,18 @@ def prune_retrain(
     granularity: str | int = "half-block",
     progress: Progress | None = None,
     teacher: Teacher | None = None,
+    **choice: Any,
 ) -> list[Pruned]:
     """Prune `model` to each of the patterns in turn, and retrain it on `windows` after each; what each pruning gave.
 
     What is zero scores lowest, so that magnitude and Wanda never revive a weight; SparseGPT, which moves all weights,
-    may. Adapters are merged at the end of each cycle.
+    may. Adapters are merged at the end of each cycle. `choice`: the further keywords of `prune_model`.
     """
     found = []
     for pattern, settings in zip(patterns, trainings, strict=True):
-        found.append(prune_model(model, calibration, method, pattern, reconstruct, granularity, progress))
-        swap_linears(model, found[-1].masks)
+        pruned = prune_model(model, calibration, method, pattern, reconstruct, granularity, progress, **choice)
+        found.append(pruned)
+        swap_linears(model, pruned.masks)
         retrain(model, windows, settings, progress, teacher)
         merge(model)
         unswap(model)

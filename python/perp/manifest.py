@@ -38,6 +38,7 @@ def build(
     pattern: str,
     parts: Collection[str] = (),
     masks: Mapping[str, Tensor],
+    refined: Mapping[str, Mapping[str, float]] | None = None,
     data: Mapping[str, Any],
     seeds: Mapping[str, int],
     settings: Mapping[str, Any] | None = None,
@@ -47,8 +48,10 @@ def build(
     """The content of perp.json, made of JSON types only.
 
     `parts`: what was trained, empty for a model only pruned. `masks`: qualified layer name -> bool mask, stored as the
-    counts of pruned and of all weights. `data`: identity of the text. `settings`: every further choice.
-    `perplexity`: row -> text -> value, stored as null where infinite. `seconds`: stage -> wall-clock seconds.
+    counts of pruned and of all weights. `refined`: layer name -> its error on the windows held out before and after
+    its mask was refined, and the steps that took; left out where none was. `data`: identity of the text. `settings`:
+    every further choice. `perplexity`: row -> text -> value, stored as null where infinite. `seconds`: stage ->
+    wall-clock seconds.
     """
     from perp import __version__
 
@@ -68,6 +71,8 @@ def build(
         },
         "seconds": dict(seconds or {}),
     }
+    if refined:
+        content["refined"] = {name: dict(figures) for name, figures in refined.items()}
     return check(json.loads(json.dumps(content, allow_nan=False)), "this manifest")
 
 

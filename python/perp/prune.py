@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perp import allocate as allocation
 from perp import pruners
 from perp.blocks import Arguments, ArgumentsOf, Calls, all_prunable, find_blocks, outputs, prunable, run_block, to_store
+from perp.choice import Choice, check
 from perp.errors import UserError
 from perp.experts import opened, routers
 from perp.flow import Flow, run
@@ -24,9 +26,9 @@ from perp.granularity import Granularity
 from perp.models import check_finite
 from perp.parts import WEIGHTS, trainable
 from perp.progress import Progress, Silent
-from perp.pruners import Pruner, magnitude
 from perp.reconstruct import Losses, ReconstructSettings
 from perp.reconstruct import reconstruct as fit
+from perp.refine import Refined, RefineSettings
 from perp.spans import Matrix, Span, matrices, spans
 from perp.statistics import Statistics, collect
 from perp.units import Unit, units
@@ -38,12 +40,15 @@ class Pruned:
     """What pruning a model gave.
 
     `masks`: by qualified name of the linear, bool [out, in] on the CPU, True = kept. `losses`: by name of the unit, of
-    those that were reconstructed. `seconds`: wall-clock time.
+    those that were reconstructed. `seconds`: wall-clock time. `refined`: by name of the linear, what refining its mask
+    did to its error on the windows held out; its mask is in `masks`. `shares`: of zeros, by block, where they differ.
     """
 
     masks: dict[str, Tensor]
     losses: dict[str, Losses]
     seconds: float
+    refined: dict[str, Refined] = field(default_factory=dict)
+    shares: list[float] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -55,12 +60,19 @@ def prune_model(
     reconstruct: ReconstructSettings | None = None,
     granularity: str | int | Granularity = "half-block",
     progress: Progress | None = None,
+    *,
+    refine: RefineSettings | None = None,
+    refit: bool = False,
+    allocate: str = "uniform",
 ) -> Pruned:
     """Prune every linear of the decoder's blocks in place, experts' included (`perp.experts`), and nothing else.
 
     `windows`: calibration token ids, int64 [n, T]; None will do for a method without statistics where nothing is
     reconstructed. `pattern` takes the method's scope where it names none. `granularity`: the unit of reconstruction
-    (`perp.granularity`); what it reads and is fitted to: `perp.flow`.
+    (`perp.granularity`); what it reads and is fitted to: `perp.flow`. `refine`: improve each linear's mask, on the
+    calibration windows that it does not hold out; `refit`: fit the kept weights of each linear to what its dense
+    weights compute, in closed form; both come before any reconstruction. `allocate`: "uniform", or "owl" for a share
+    of zeros by block.
 
     Each block is fed by the pruned blocks before it, unless the settings ask for dense inputs. One pass with its dense
     weights gives the statistics of all its linears; then each unit in turn is pruned and, with `reconstruct`, fitted to
@@ -70,20 +82,24 @@ def prune_model(
     started = time.monotonic()
     pruner, pattern = pruners.resolve(method, pattern)
     size = Granularity.parse(granularity) if reconstruct else Granularity("block")
+    check(method, pattern, refine, refit, allocate)
+    choice = Choice(pruner, refine, refit)
+    progress = progress or Silent()
     with opened(model.eval()):
         _check(model, pattern, reconstruct, size)
-        if windows is None and (pruner.NEEDS or reconstruct):
-            raise UserError(f"{method} needs windows of calibration text here; give some.")
-        calls = Calls(model, windows) if windows is not None and (pruner.NEEDS or reconstruct) else None
-        job = _Job(pruner, pattern, reconstruct, calls)
-        job.run(model, windows, size, progress or Silent())
-    if job.unread:
-        warnings.warn(
-            f"{len(job.unread)} linears read no token of the calibration text and were pruned by magnitude, such as "
-            f"{job.unread[0]}; use more windows.",
-            stacklevel=2,
-        )
-    return Pruned(job.masks, job.losses, time.monotonic() - started)
+        patterns, calls = [pattern] * len(find_blocks(model)[1]), None
+        if choice.needs or reconstruct or allocate == "owl":
+            if windows is None:
+                raise UserError(f"{method} needs windows of calibration text here; give some.")
+            choice.held_out = refine.windows(len(windows)) if refine else ()
+            if allocate == "owl":
+                patterns = allocation.owl(model, windows, pattern, progress)
+            calls = Calls(model, windows)
+        job = _Job(choice, patterns, reconstruct, calls)
+        job.run(model, windows, size, progress)
+    choice.report(method)
+    shares = [float(pattern.sparsity) for pattern in patterns] if allocate == "owl" else []
+    return Pruned(choice.masks, job.losses, time.monotonic() - started, choice.refined, shares)
 
 
 def _check(
@@ -118,13 +134,12 @@ class _Job:
     """One run of `prune_model`: the method, and what it has given so far."""
 
     def __init__(
-        self, pruner: Pruner, pattern: Pattern, settings: ReconstructSettings | None, calls: Calls | None
+        self, choice: Choice, patterns: Sequence[Pattern], settings: ReconstructSettings | None, calls: Calls | None
     ) -> None:
-        self.pruner, self.pattern, self.settings, self.calls = pruner, pattern, settings, calls
+        self.choice, self.patterns, self.settings, self.calls = choice, patterns, settings, calls
+        self.pattern = patterns[0]
         self.flow = Flow(calls.hidden if calls else [], *((settings.inputs, settings.targets) if settings else ()))
-        self.masks: dict[str, Tensor] = {}
         self.losses: dict[str, Losses] = {}
-        self.unread: list[str] = []
 
     def run(self, model: PreTrainedModel, windows: Tensor | None, size: Granularity, progress: Progress) -> None:
         """Prune all blocks, and reconstruct them by units of this size."""
@@ -138,9 +153,9 @@ class _Job:
             progress.done()
             return
         for index, parts in units(model, windows, "half-block" if size.name == "half-block" else "block"):
-            last = index + 1 == len(blocks)
+            last, self.pattern = index + 1 == len(blocks), self.patterns[index]
             if self.calls is None:
-                self.prune_all(parts, {})
+                self.choice.prune(parts[0], {}, self.pattern)
             elif size.name == "matrix":
                 alone = matrices(parts[0])
                 self.matrices(alone, partial(self.calls.arguments, index), last)
@@ -154,7 +169,7 @@ class _Job:
         """Prune (and reconstruct) the units of a block; unless it is the `last`, the flow goes on behind it."""
         flow, whole = self.flow, partial(run_block, parts[0].block)
         if not self.settings:
-            self.prune_all(parts, self._statistics(parts, arguments))
+            self.choice.prune(parts[0], self._statistics(parts, arguments), self.pattern)
             if not last:
                 run(whole, flow.hidden, arguments)
             return
@@ -165,7 +180,7 @@ class _Job:
         for unit in parts:
             if unit.follows:
                 targets[unit.name] = list(outputs(unit, flow.taught, arguments))
-            self.prune(unit, statistics)
+            self.choice.prune(unit, statistics, self.pattern)
             given = targets.pop(unit.name)
             self.fit(unit, flow.hidden, given, arguments)
             if chained and not (last and unit is parts[-1]):
@@ -182,7 +197,7 @@ class _Job:
             inputs = list(unit.reads(dense if flow.dense_inputs else block, flow.hidden, arguments))
             taught = inputs if flow.dense is None else unit.reads(dense, flow.dense, arguments)
             targets = list(outputs(unit, taught, arguments))
-            self.prune(unit, statistics)
+            self.choice.prune(unit, statistics, self.pattern)
             if inputs:
                 self.fit(unit, inputs, targets, arguments)
         if not last:
@@ -200,12 +215,12 @@ class _Job:
         targets = None if flow.dense_inputs else list(outputs(span, flow.taught, arguments))
         path = list(flow.hidden)
         for index, unit in zip(span.indices, span.parts, strict=True):
-            own = partial(calls.arguments, index)
+            own, self.pattern = partial(calls.arguments, index), self.patterns[index]
             statistics = self._statistics([unit], own, path)
             if flow.dense_inputs:
                 run(unit, path, own)
-            self.prune(unit, statistics)
-            if self.pruner.NEEDS and not flow.dense_inputs:
+            self.choice.prune(unit, statistics, self.pattern)
+            if self.choice.needs and not flow.dense_inputs:
                 run(unit, path, own)
         if targets is None:
             targets = path
@@ -218,7 +233,7 @@ class _Job:
         """Fit a pruned unit, if it has anything pruned."""
         if unit.linear_names and self.settings:
             keep = self.flow.keeps_targets
-            self.losses[unit.name] = fit(unit, self.masks, inputs, targets, arguments, self.settings, keep)
+            self.losses[unit.name] = fit(unit, self.choice.masks, inputs, targets, arguments, self.settings, keep)
 
     def _join(self, block: Callable[..., Tensor], after: list[Tensor] | None, arguments: ArgumentsOf) -> None:
         """Go on behind a block whose units do not follow each other; `after`: what it gave when it was dense."""
@@ -233,11 +248,11 @@ class _Job:
         self, parts: Sequence[Unit], arguments: ArgumentsOf, hidden: list[Tensor] | None = None
     ) -> dict[str, Statistics]:
         """What the linears of a block read, from its dense weights on `hidden` (the flow's)."""
-        if self.pruner.NEEDS is None:
+        choice, block = self.choice, parts[0].block
+        if choice.needs is None:
             return {}
-        block = parts[0].block
         hidden = self.flow.hidden if hidden is None else hidden
-        return collect(block, prunable(block, parts[0].prefix), hidden, arguments, self.pruner.NEEDS)
+        return collect(block, prunable(block, parts[0].prefix), hidden, arguments, choice.needs, choice.held_out)
 
     def _observe(
         self, parts: Sequence[Unit], arguments: ArgumentsOf
@@ -248,7 +263,7 @@ class _Job:
         the first of them is fitted, since a norm that they share is trained with it.
         """
         first = [unit for unit in parts if not unit.follows]
-        if self.pruner.NEEDS is None or self.flow.dense is not None:
+        if self.choice.needs is None or self.flow.dense is not None:
             targets = {unit.name: list(outputs(unit, self.flow.taught, arguments)) for unit in first}
             return self._statistics(parts, arguments), targets
         targets = {unit.name: [] for unit in first}
@@ -256,31 +271,6 @@ class _Job:
             for unit in first:
                 taps.enter_context(unit.tapped(partial(_keep, targets[unit.name]), self.flow.hidden[0].shape))
             return self._statistics(parts, arguments), targets
-
-    def prune_all(self, parts: Sequence[Unit], statistics: Mapping[str, Statistics]) -> None:
-        """Prune the linears of these units in place."""
-        for unit in parts:
-            self.prune(unit, statistics)
-
-    def prune(self, unit: Unit, statistics: Mapping[str, Statistics]) -> None:
-        """Prune the unit's linears in place; of the projection of several experts, each expert's matrix by itself."""
-        for name, linear in unit.linears.items():
-            read = statistics.get(name)
-            if linear.weight.ndim == 2:
-                self.masks[name] = self._prune(name, linear.weight, read)
-            else:
-                own = [self._prune(f"{name}[{e}]", w, read and read.of_expert(e)) for e, w in enumerate(linear.weight)]
-                self.masks[name] = torch.stack(own)
-
-    def _prune(self, name: str, weight: Tensor, read: Statistics | None) -> Tensor:
-        """Prune one matrix in place; its mask."""
-        pruner: Pruner = self.pruner
-        if pruner.NEEDS and not (read and read.tokens):
-            self.unread.append(name)
-            pruner = magnitude
-        new, mask = pruner.prune(weight, read, self.pattern)
-        weight.copy_(new)
-        return mask.cpu()
 
     def figures(self, parts: Sequence[Unit]) -> dict[str, float]:
         """The mean losses of the block's units, for the progress."""

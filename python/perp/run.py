@@ -84,6 +84,8 @@ class _Job:
         self.model: Any
         self.tokenizer: Any
         self.adapters: dict[str, Adapter] = {}
+        # What refining did to each linear's mask, as the manifest tells it.
+        self.refined: dict[str, dict[str, float]] = {}
         self.load()
         checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed, job.resume))
         for name, linear in all_prunable(self.model).items():
@@ -114,12 +116,12 @@ class _Job:
         rows = [] if begun else self.comparison(dense)
         teacher = self.teacher()
         if begun:
-            rows, masks = stages.read(self.model)
+            rows, masks, self.refined = stages.read(self.model)
         else:
             row, masks = self.prune_in_cycles(teacher)
             rows.append(row)
             if job.resume and job.retrain:
-                stages.write(self.model, rows, masks)
+                stages.write(self.model, rows, masks, self.refined)
         if job.retrain:
             rows += self.retrain(report.RETRAINED, masks, teacher, stages.retraining if job.resume else None)
         found = Report(job.title, rows)
@@ -150,6 +152,10 @@ class _Job:
         with self.cost() as cost:
             self.cycles(earlier, teacher)
         row, pruned = self.prune(self.job.for_reconstruct, pattern)
+        self.refined = {
+            name: {"before": layer.before, "after": layer.after, "steps": layer.steps}
+            for name, layer in pruned.refined.items()
+        }
         return replace(row, seconds=cost.seconds + row.seconds, memory=max(cost.memory, row.memory)), pruned.masks
 
     def load(self) -> None:
@@ -183,6 +189,9 @@ class _Job:
                 "block" if job.reconstruct == "none" else job.reconstruct,
                 self.progress,
                 teacher,
+                refine=job.for_refine,
+                refit=job.refit,
+                allocate=job.allocate,
             )
 
     @property
@@ -202,6 +211,9 @@ class _Job:
                 reconstruct=reconstruct,
                 granularity="block" if job.reconstruct == "none" else job.reconstruct,
                 progress=self.progress,
+                refine=job.for_refine,
+                refit=job.refit,
+                allocate=job.allocate,
             )
         if reconstruct is None:
             return self.row(report.PRUNED, cost), pruned
@@ -288,6 +300,7 @@ class _Job:
             pattern=str(self.pattern),
             parts=job.retrain,
             masks=masks,
+            refined=self.refined,
             data=self.identity,
             seeds={"calibration": job.seed, "training": job.seed + 1},
             settings=json.loads(json.dumps(dataclasses.asdict(job), default=str)),

@@ -6,36 +6,44 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from perp import checkpoints, machine, manifest, models, pruners
+from perp import checkpoints, choice, machine, manifest, models, pruners
 from perp.errors import UserError
 from perp.granularity import Granularity
 from perp.iterate import divided, schedule
 from perp.parts import PARTS, UNIT_PARTS
 from perp.reconstruct import ReconstructSettings
+from perp.refine import METHODS as REFINE
+from perp.refine import RefineSettings
 from perp.retrain import RetrainSettings
 from perp_kernels import Pattern
 
 COMPARE = ("pruned", "dense-retrained")
+_COUNTS = ("windows", "seqlen", "eval_windows", "refine_steps", "epochs", "reconstruct_batch", "steps", "batch", "rank")
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """One job. `windows` and `seqlen` left at None become 128 x 2048 on a GPU and 32 x 512 on a CPU.
 
-    `cycles` and `schedule` are those of `perp.iterate`, which divide the steps of retraining. `reconstruct` is the unit
-    of reconstruction (`perp.granularity`) or "none"; `inputs`, `targets`, `loss` are those of `ReconstructSettings`.
-    `retrain` names the parts trained on the language-model loss (empty: none); `compare` the
-    further lines measured: "pruned" (no recovery) and "dense-retrained" (the dense model trained on the same text).
-    Learning rates left at None are those that suit the parts. `distil`, `temperature` and `precision` are those of
-    `RetrainSettings`; `keep_adapters` saves adapters that do not merge (lora) beside the pruned model. `data` is judged
-    on its test part, `eval_data` whole. `packed` writes the packed file beside the plain model.
-    `resume` writes down what is done, and goes on from what an interrupted job left (`perp.stages`).
+    `refine` names how masks are improved ("none": not), `refit` fits the kept weights in closed form, `allocate`
+    spreads a share over the blocks. `cycles` and `schedule` are those of `perp.iterate`, which divide the steps of
+    retraining. `reconstruct` is the unit of reconstruction (`perp.granularity`) or "none"; `inputs`, `targets`, `loss`
+    are those of `ReconstructSettings`. `retrain` names the parts trained on the language-model loss (empty: none);
+    `compare` the further lines measured: "pruned" (no recovery) and "dense-retrained" (the dense model trained on the
+    same text). Learning rates left at None are those that suit the parts. `distil`, `temperature` and `precision` are
+    those of `RetrainSettings`; `keep_adapters` saves adapters that do not merge (lora) beside the pruned model. `data`
+    is judged on its test part, `eval_data` whole. `packed` writes the packed file beside the plain model. `resume`
+    writes down what is done, and goes on from what an interrupted job left (`perp.stages`).
     """
 
     model: str
     out: Path
     pattern: str = "0.5"
     method: str = "wanda"
+    allocate: str = "uniform"
+    refine: str = "none"
+    refine_steps: int | None = None
+    refit: bool = False
     cycles: int = 1
     schedule: str = "geometric"
     reconstruct: str = "half-block"
@@ -73,7 +81,15 @@ class RunSettings:
 
     @property
     def title(self) -> str:
-        return f"{self.method} {self.pattern}"
+        added = [self.refine] * (self.refine != "none") + ["refit"] * self.refit
+        spread = f" {self.allocate}" * (self.allocate != "uniform")
+        return " + ".join([f"{self.method} {self.pattern}{spread}", *added])
+
+    @property
+    def for_refine(self) -> RefineSettings | None:
+        if self.refine == "none":
+            return None
+        return RefineSettings(method=self.refine, steps=self.refine_steps)
 
     @property
     def for_reconstruct(self) -> ReconstructSettings | None:
@@ -115,15 +131,16 @@ class RunSettings:
 def check(settings: RunSettings) -> Pattern:
     """Refuse what cannot work before any weight or text is read; gives the parsed pattern."""
     pattern = Pattern.parse(settings.pattern)
-    pruners.get(settings.method)
+    scoped = pruners.resolve(settings.method, pattern)[1]
     for name, given, known in (
+        ("refine", [settings.refine], ("none", *REFINE)),
         ("reconstruct parts", settings.reconstruct_parts, UNIT_PARTS),
         ("retrain", settings.retrain, PARTS),
         ("compare", settings.compare, COMPARE),
     ):
         if unknown := sorted(set(given) - set(known)):
             raise UserError(f"{name} cannot be {unknown[0]!r}; choose among {', '.join(known)}.")
-    for name in ("windows", "seqlen", "eval_windows", "epochs", "reconstruct_batch", "steps", "batch", "rank"):
+    for name in _COUNTS:
         least = 2 if name == "seqlen" else 1
         value = getattr(settings, name)
         if value is not None and value < least:
@@ -132,6 +149,10 @@ def check(settings: RunSettings) -> Pattern:
         value = getattr(settings, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{name.replace('_lr', ' learning rate')} is {value}; it must be a positive number.")
+    refine = settings.for_refine
+    choice.check(settings.method, scoped, refine, settings.refit, settings.allocate)
+    if refine and settings.windows is not None:
+        refine.windows(settings.windows)
     machine.find_device(settings.device)
     machine.check_dtype(settings.dtype)
     _check_reconstruction(settings)

@@ -55,8 +55,8 @@ class Stages:
             raise UserError(f"{self.path} is of another job; delete it, or choose another output directory.")
         return True
 
-    def read(self, model: nn.Module) -> tuple[list[Row], dict[str, Tensor]]:
-        """The rows and the masks, with the pruned weights put into `model`; UserError for a damaged file."""
+    def read(self, model: nn.Module) -> tuple[list[Row], dict[str, Tensor], dict[str, dict[str, float]]]:
+        """The rows, the masks and what refining did to them, with the pruned weights put into `model`; UserError for a damaged file."""
         try:
             told = json.loads((self.path / _JOB).read_text(encoding="utf-8"))
             rows = [Row(**row) for row in told["rows"]]
@@ -64,15 +64,21 @@ class Stages:
             load_model(model, self.path / _MODEL)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{self.path} is damaged; delete it to begin again.") from error
-        return rows, masks
+        return rows, masks, told["refined"]
 
-    def write(self, model: nn.Module, rows: Sequence[Row], masks: Mapping[str, Tensor]) -> None:
+    def write(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        masks: Mapping[str, Tensor],
+        refined: Mapping[str, Mapping[str, float]],
+    ) -> None:
         """Write down that pruning and reconstruction are done; job.json, without which nothing counts, comes last."""
         self.remove()
         self.path.mkdir(parents=True)
         save_model(model, str(self.path / _MODEL))
         checkpoints.write_masks(masks, self.path / _MASKS)
-        told = {"identity": self.identity, "rows": [dataclasses.asdict(row) for row in rows]}
+        told = {"identity": self.identity, "rows": [dataclasses.asdict(row) for row in rows], "refined": refined}
         (self.path / _JOB).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
     def remove(self) -> None:

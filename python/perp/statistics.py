@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -23,11 +23,21 @@ class Statistics:
 
     For the projection of several experts each has its own, from the tokens routed to it: [E, K] or [E, K, K], and
     `routed` counts them, int64 [E].
+    `held_out`: those of the windows that were held out, which are not in `sums`.
     """
 
     sums: Tensor
     tokens: int = 0
     routed: Tensor | None = None
+    held_out: Statistics | None = None
+
+    def pooled(self) -> Statistics:
+        """Those of all windows."""
+        other = self.held_out
+        if other is None:
+            return self
+        routed = None if self.routed is None or other.routed is None else self.routed + other.routed
+        return Statistics(self.sums + other.sums, self.tokens + other.tokens, routed)
 
     @property
     def square_sums(self) -> Tensor:
@@ -36,7 +46,8 @@ class Statistics:
 
     def of_expert(self, number: int) -> Statistics:
         """Those of one expert alone."""
-        return Statistics(self.sums[number], 0 if self.routed is None else int(self.routed[number]))
+        held_out = self.held_out and self.held_out.of_expert(number)
+        return Statistics(self.sums[number], 0 if self.routed is None else int(self.routed[number]), held_out=held_out)
 
     def add(self, x: Tensor, offsets: Tensor | None = None) -> None:
         """Take in the tokens `x` [..., K]; with experts sorted by expert, whose tokens end at `offsets`, int64 [E]."""
@@ -61,20 +72,25 @@ def collect(
     inputs: Sequence[Tensor],
     arguments: ArgumentsOf,
     kind: Kind,
+    held_out: Collection[int] = (),
 ) -> dict[str, Statistics]:
     """Run the block over all windows and return each linear's statistics by its name in `linears`.
 
     `inputs`: hidden states [1, T, H], one per window; `arguments(window_ids)`: the rest of the block's call. Linears
-    that read the very same tensors in the first window (queries, keys and values do) share one object. A linear that
-    never ran has 0 tokens. UserError, naming the linear, where activations are NaN or infinite.
+    that read the very same tensors in the first window (queries, keys and values do) share one object. The windows in
+    `held_out` are summed apart. A linear that never ran has 0 tokens. UserError, naming the linear, where activations
+    are NaN or infinite.
     """
     found = {name: _empty(linear, kind) for name, linear in linears.items()}
+    for name, linear in linears.items():
+        found[name].held_out = _empty(linear, kind) if held_out else None
+    apart = False
     read: dict[str, list[Tensor]] = {name: [] for name in linears}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            found[name].add(x, *args[1:])
+            ((apart and found[name].held_out) or found[name]).add(x, *args[1:])
             if name in read:
                 read[name].append(x)
 
@@ -83,6 +99,7 @@ def collect(
     hooks = {name: linear.register_forward_pre_hook(hook(name), with_kwargs=True) for name, linear in linears.items()}
     try:
         for window, hidden in enumerate(inputs):
+            apart = window in held_out
             run_block(block, hidden, arguments([window]))
             if window == 0:
                 for name, same in _alike(read).items():
@@ -93,7 +110,8 @@ def collect(
         for handle in hooks.values():
             handle.remove()
     for name, statistics in found.items():
-        if not statistics.sums.isfinite().all():
+        parts = (statistics, statistics.held_out or statistics)
+        if not all(part.sums.isfinite().all() for part in parts):
             raise UserError(f"the activations that {name} reads are NaN or infinite; load the model in float32.")
     return found
 

@@ -101,6 +101,24 @@ def test_run_saves_a_pruned_model_and_tells_of_every_state(model, text, tmp_path
     assert not list(out.rglob("*staging*"))
 
 
+def test_a_refined_and_refitted_run_tells_of_every_linear(model, text, tmp_path):
+    out, options = tmp_path / "out", ["--refine", "sparseswaps", "--refine-steps", "7", "--refit", "--retrain", "none"]
+    small = [*SMALL, "--windows", "4"]
+    result = call("run", model, "--pattern", "0.6", "--allocate", "owl", "--data", text, "--out", out, *options, *small)
+    assert result.exit_code == 0, result.output
+    assert "wanda 0.6 owl + sparseswaps + refit" in result.stdout
+    manifest = json.loads((out / "perp.json").read_text())
+    assert manifest["settings"]["refine"] == "sparseswaps"
+    assert manifest["settings"]["refit"] is True
+    assert manifest["settings"]["allocate"] == "owl"
+    assert set(manifest["refined"]) == set(manifest["sparsity"])
+    for figures in manifest["refined"].values():
+        assert figures["after"] <= figures["before"]
+        assert 0 <= figures["steps"] <= 7
+    pruned = sum(counts["pruned"] for counts in manifest["sparsity"].values())
+    assert pruned / sum(counts["total"] for counts in manifest["sparsity"].values()) == pytest.approx(0.6, abs=0.04)
+
+
 @pytest.mark.parametrize("recovery", [["--retrain", "none"], ["--retrain", "lora", "--keep-adapters", "--lr", "0.1"]])
 def test_eval_agrees_with_the_run_that_saved_the_model(model, text, tmp_path, recovery):
     out = tmp_path / "out"
@@ -224,7 +242,14 @@ def test_an_output_directory_that_cannot_be(model, text, tmp_path):
 @pytest.mark.parametrize(
     "options, word",
     [
-        (["--method", "guess"], "magnitude, wanda, sparsegpt"),
+        (["--method", "guess"], "magnitude, wanda, ria, sparsegpt"),
+        (["--refine", "swaps"], "sparseswaps"),
+        (["--refine", "sparseswaps", "--windows", "1"], "use more windows"),
+        (["--refine", "sparseswaps", "--method", "sparsegpt", "--pattern", "2:4"], "refit"),
+        (["--refine-steps", "0"], "at least 1"),
+        (["--allocate", "owl", "--pattern", "2:4"], "write a share"),
+        (["--allocate", "guess"], "uniform or owl"),
+        (["--method", "sparsegpt", "--pattern", "0.5/matrix"], "0.5/slab or 0.5/row"),
         (["--reconstruct", "quarter"], "half-block"),
         (["--retrain", "everything"], "mask_lora"),
         (["--reconstruct-parts", "heads"], "norms"),

@@ -6,12 +6,16 @@ import torch
 import transformers
 from torch import nn
 
+from perp import pruners
 from perp.blocks import Calls, find_blocks, prunable
 from perp.errors import UserError
 from perp.prune import prune_model
 from perp.reconstruct import ReconstructSettings
+from perp.refine import RefineSettings
+from perp.refine import refine as improve
+from perp.statistics import Statistics
 from perp.units import units
-from perp_kernels import Pattern, PatternError, sparsegpt
+from perp_kernels import Pattern, PatternError, masked_refit, sparsegpt
 from tests.perp.families import FAMILIES, build, windows
 
 FIT = ReconstructSettings(lr=1e-2)
@@ -225,6 +229,80 @@ def test_weights_that_are_no_linears_stay_dense_with_one_warning():
     assert len(caught) == 1
     assert not any("mixed" in name for name in pruned.masks)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items() if "mixed" in name)
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude", "ria"])
+@pytest.mark.parametrize("refiner", ["sparseswaps", "sparsefw"])
+def test_equals_refining_and_refitting_by_hand(method, refiner):
+    model, ids, settings = build("llama"), windows(8, 24), RefineSettings(refiner, steps=10)
+    plain, pattern = copy.deepcopy(model), pruners.resolve(method, "2:4")[1]
+    expected = {}
+    for linears in linears_of(plain):
+        read = read_in_a_forward(plain, linears, ids)
+        for name, linear in linears.items():
+            weight, x = linear.weight.data, read[name].float()
+            whole, kept, held_out = (part.T @ part for part in (x, x[: 6 * 24], x[6 * 24 :]))
+            _, mask = pruners.get(method).prune(weight, Statistics(whole, len(x)), pattern)
+            expected[name] = improve(weight, mask, kept, pattern, settings, held_out)
+            linear.weight.data = masked_refit(weight, expected[name].mask, whole, damp=0.01)
+    pruned = prune_model(model, ids, method, "2:4", refine=settings, refit=True)
+    assert list(pruned.refined) == list(expected)
+    agreed = [torch.equal(pruned.masks[name], found.mask) for name, found in expected.items()]
+    assert sum(agreed) >= len(agreed) - 1  # the order in which windows are added up may tip a near tie
+    assert any(found.steps for found in pruned.refined.values())
+    for name, found in pruned.refined.items():
+        assert found.after <= found.before
+        assert (pruned.masks[name].view(-1, 4).sum(1) == 2).all()
+        assert not model.get_submodule(name).weight[~pruned.masks[name]].any()
+        if all(agreed):
+            torch.testing.assert_close(
+                model.get_submodule(name).weight, plain.get_submodule(name).weight, rtol=1e-2, atol=1e-2
+            )
+
+
+def test_refined_and_refitted_layers_compute_closer_to_the_dense():
+    ids, changes = windows(8, 24), {}
+    for name, options in {
+        "wanda": {},
+        "refined": {"refine": RefineSettings()},
+        "both": {"refine": RefineSettings(), "refit": True},
+    }.items():
+        dense, model = build("llama"), build("llama")
+        prune_model(model, ids, "wanda", "0.6", **options)
+        x = torch.cat(list(read_in_a_forward(dense, linears_of(dense)[0], ids).values())[:1]).float()
+        ours, true = (m.model.layers[0].self_attn.q_proj for m in (model, dense))
+        changes[name] = float((ours(x) - true(x)).square().sum())
+    assert changes["both"] < changes["refined"] < changes["wanda"]
+
+
+def test_refinement_comes_before_reconstruction():
+    model, ids = build("llama"), windows(8, 16)
+    pruned = prune_model(model, ids, "wanda", "2:4", FIT, refine=RefineSettings(), refit=True)
+    assert all(found.after < found.before for found in pruned.losses.values())
+    for name, mask in pruned.masks.items():
+        assert not model.get_submodule(name).weight[~mask].any()
+
+
+def test_owl_gives_blocks_shares_of_their_own_and_the_asked_mean():
+    model, ids = build("llama"), windows(4)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[:4, :4] = 20
+    pruned = prune_model(model, ids, "wanda", "0.6", allocate="owl")
+    assert pruned.shares[0] != pruned.shares[1]
+    assert sum(pruned.shares) / 2 == pytest.approx(0.6, abs=1e-9)
+    for name, mask in pruned.masks.items():
+        share = pruned.shares[int(name.split(".")[2])]
+        assert (~mask).sum(1).eq(int(share * mask.shape[1])).all()
+
+
+def test_modes_that_contradict_each_other_are_refused():
+    swaps = RefineSettings()
+    refused(UserError, "undoes what sparsegpt compensated", method="sparsegpt", pattern="2:4", refine=swaps)
+    refused(PatternError, 'slabs cannot be refined: write "0.5/row"', method="wanda", pattern="0.5/slab", refine=swaps)
+    refused(PatternError, 'N:M "2:4" has not', pattern="2:4", allocate="owl")
+    refused(UserError, "leaves none; use more windows", ids=windows(1), refine=swaps)
+    with pytest.raises(UserError, match="needs windows"):
+        prune_model(build("llama"), None, "magnitude", refit=True)
 
 
 class Record:

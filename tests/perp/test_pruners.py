@@ -71,6 +71,47 @@ def test_wanda_is_the_reference_metric(text, kind):
     assert torch.equal(pruned, weight * expected)
 
 
+@pytest.mark.parametrize("text", ["0.5", "0.6/matrix", "0.37/slab", "2:4", "4:8"])
+@pytest.mark.parametrize("kind", ["norms", "gram"])
+def test_ria_is_its_definition_and_none_of_its_neighbours(text, kind):
+    weight, x = sample()
+    weight *= torch.logspace(-1, 1, N)[:, None]
+    pattern = Pattern.parse(text)
+    _, mask = pruners.get("ria").prune(weight, of_kind(kind, x), pattern)
+    size, norms = weight.double().abs(), x.double().square().sum((0, 1)).sqrt()
+    of_column, of_row = size / size.sum(0), size / size.sum(1, keepdim=True)
+
+    def kept(scores, scope=pattern.scope or "row"):
+        return kept_by_definition(scores, pattern, scope)
+
+    assert torch.equal(mask, kept((of_column + of_row) * norms**0.5))
+    assert not torch.equal(mask, kept((of_column + of_row) * norms))
+    assert not torch.equal(mask, kept(size * norms))
+    if not pattern.is_nm:
+        assert not torch.equal(mask, kept(of_row * norms**0.5))
+        others = {"row": "matrix", "matrix": "row", "slab": "matrix"}
+        assert not torch.equal(mask, kept((of_column + of_row) * norms**0.5, others[pattern.scope or "row"]))
+
+
+def test_ria_of_rows_and_columns_of_zeros():
+    weight, x = sample()
+    weight[3], weight[:, 5] = 0, 0
+    _, mask = pruners.get("ria").prune(weight, of_kind("norms", x), Pattern.parse("0.5"))
+    assert mask.sum(1).eq(K // 2).all()
+    assert not mask[:3, 5].any()
+
+
+def test_wanda_per_matrix_is_not_wanda_per_row():
+    weight, x = sample()
+    weight *= torch.logspace(-1, 1, N)[:, None]
+    masks = [
+        pruners.get("wanda").prune(weight, of_kind("norms", x), Pattern.parse(f"0.5/{s}"))[1] for s in ("row", "matrix")
+    ]
+    assert masks[0].sum() == masks[1].sum()
+    assert masks[0].sum(1).eq(K // 2).all()
+    assert masks[1].sum(1).min() < K // 3 < 2 * K // 3 < masks[1].sum(1).max()
+
+
 @pytest.mark.parametrize("text", ["0.5", "0.5/row", "2:4"])
 def test_sparsegpt_compensates(text):
     weight, x = sample()
@@ -114,20 +155,22 @@ def test_bfloat16_stays_bfloat16_and_repeats(method):
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(UserError, match="'wander' is not a pruning method; choose one of magnitude, wanda, sparsegpt"):
+    with pytest.raises(
+        UserError, match="'wander' is not a pruning method; choose one of magnitude, wanda, ria, sparsegpt"
+    ):
         pruners.get("wander")
 
 
 def test_resolve_fills_the_scope_and_refuses_one_that_cannot_be():
     scopes = {name: pruners.resolve(name, "0.5")[1].scope for name in pruners.METHODS}
-    assert scopes == {"magnitude": "matrix", "wanda": "row", "sparsegpt": "slab"}
+    assert scopes == {"magnitude": "matrix", "wanda": "row", "ria": "row", "sparsegpt": "slab"}
     assert str(pruners.resolve("magnitude", "0.5/row")[1]) == "0.5/row"
     assert str(pruners.resolve("wanda", "2:4")[1]) == "2:4"
     with pytest.raises(PatternError, match=r'sparsegpt cannot prune "0\.6/matrix"; write 0\.6/slab or 0\.6/row'):
         pruners.resolve("sparsegpt", "0.6/matrix")
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "ria", "sparsegpt"])
 def test_missing_statistics_are_refused(method):
     with pytest.raises(ValueError, match=f"{method} needs"):
         pruners.get(method).prune(sample()[0], None, Pattern.parse("0.5"))

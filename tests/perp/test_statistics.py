@@ -109,3 +109,21 @@ def test_experts_count_their_own_tokens_and_an_unused_one_has_none():
     assert found["b.up.0"] is found["b.gate.0"]
     assert found["b.up.2"].tokens == 0
     assert not found["b.up.2"].sums.any()
+
+
+def test_windows_held_out_are_summed_apart():
+    block, linears, calls, arguments = first_block(build("llama"), windows(5, 9))
+    whole = collect(block, linears, calls.hidden, arguments, "gram")
+    found = collect(block, linears, calls.hidden, arguments, "gram", held_out=range(3, 5))
+    first, last = (
+        collect(block, linears, calls.hidden[part], lambda ids, at=part.start: arguments([i + at for i in ids]), "gram")
+        for part in (slice(0, 3), slice(3, 5))
+    )
+    for name, statistics in found.items():
+        assert (statistics.tokens, statistics.held_out.tokens) == (27, 18)
+        assert torch.equal(statistics.sums, first[name].sums)
+        assert torch.equal(statistics.held_out.sums, last[name].sums)
+        assert statistics.pooled().tokens == 45
+        torch.testing.assert_close(statistics.pooled().sums, whole[name].sums)
+    assert len({id(statistics) for statistics in found.values()}) == 4
+    assert all(statistics.held_out is None and statistics.pooled() is statistics for statistics in whole.values())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import perp_kernels as pk
 from perp_kernels import cpu
+from perp_kernels.cpu import native
 
 from .native import PATHS
 from .oracles import normal
@@ -227,3 +228,45 @@ def test_bad_input() -> None:
     for error, sentence, arguments in bad:
         with pytest.raises(error, match=sentence):
             pk.swap_round_(*arguments)
+
+
+@pytest.mark.skipif(not cpu.available, reason=cpu.why)
+def test_bad_views_are_refused() -> None:
+    extension, view = native.extension(), native.view
+    W, kept, H, gain = normal(4, 8), torch.zeros(4, 8, dtype=torch.uint8), torch.eye(8), torch.empty(4)
+    bad = [
+        ("weight is float64, expected float32", W.double(), kept, W, H, gain),
+        (r"kept has shape \[4, 7\], expected \[4, 8\]", W, kept[:, :7], W, H, gain),
+        (r"correlation has shape \[3, 8\]", W, kept, W[:3], H, gain),
+        (r"H has shape \[7, 7\], expected \[8, 8\]", W, kept, W, H[1:, 1:], gain),
+        ("weight must have stride 1", normal(8, 4).t(), kept, W, H, gain),
+        ("correlation has rows that overlap", W, kept, W[:1].expand(4, 8), H, gain),
+        (r"gain has shape \[3\]", W, kept, W, H, gain[:3]),
+    ]
+    for sentence, *tensors in bad:
+        views = [view("tensor", tensor) for tensor in tensors]
+        with pytest.raises(ValueError, match=sentence):
+            extension.swap_round(*views[:4], 8, views[4])
+    views = [view("tensor", tensor) for tensor in (W, kept, W.clone(), H, gain)]
+    for group in (0, 3):
+        with pytest.raises(ValueError, match=f"do not divide into groups of {group}"):
+            extension.swap_round(*views[:4], group, views[4])
+
+
+@pytest.mark.skipif(not cpu.available, reason=cpu.why)
+def test_views_need_not_be_contiguous() -> None:
+    weight, mask, H = problem(5, 20, "0.5")
+    c = correlation_of(weight, mask, H)
+    expected = mask.clone(), c.clone()
+    pk.swap_round_(weight, *expected, H, "0.5")
+    wide = torch.full((5, 23), torch.nan), torch.full((5, 23), 7, dtype=torch.uint8), torch.full((5, 23), torch.nan)
+    for tensor, part in zip(wide, (weight, mask, c), strict=True):
+        tensor[:, :20] = part
+    H_wide, gain = torch.full((20, 21), torch.nan), torch.empty(5)
+    H_wide[:, :20] = H
+    views = [native.view("tensor", tensor[:, :20]) for tensor in (*wide, H_wide)]
+    native.extension().swap_round(*views, 20, native.view("gain", gain))
+    assert torch.equal(wide[1][:, :20].bool(), expected[0])
+    assert torch.equal(wide[2][:, :20], expected[1])
+    assert wide[1][:, 20:].eq(7).all()
+    assert all(tensor[:, 20:].isnan().all() for tensor in (wide[0], wide[2]))

@@ -48,8 +48,22 @@ def run(
         ),
     ] = "0.5",
     method: Annotated[
-        str, option("--method", "-m", help="magnitude, wanda or sparsegpt.", panel=PRUNING, metavar="NAME")
+        str, option("--method", "-m", help="magnitude, wanda, ria or sparsegpt.", panel=PRUNING, metavar="NAME")
     ] = "wanda",
+    allocate: Annotated[
+        str,
+        option("--allocate", help="A share of zeros for each block: uniform or owl.", panel=PRUNING, metavar="NAME"),
+    ] = "uniform",
+    refine: Annotated[
+        str,
+        option("--refine", help="Improve the masks: sparseswaps or sparsefw; or none.", panel=PRUNING, metavar="NAME"),
+    ] = "none",
+    refine_steps: Annotated[
+        int | None, count("--refine-steps", help="Its rounds at most.", panel=PRUNING, show_default="by its method")
+    ] = None,
+    refit: Annotated[
+        bool, option("--refit", help="Fit each linear's kept weights to its dense output.", panel=PRUNING)
+    ] = False,
     cycles: Annotated[
         int, count("--cycles", help="Prune and retrain so many times, dividing the steps.", panel=PRUNING)
     ] = 1,
@@ -228,6 +242,10 @@ def run(
         out=out,
         pattern=pattern,
         method=method,
+        allocate=allocate,
+        refine=refine,
+        refine_steps=refine_steps,
+        refit=refit,
         cycles=cycles,
         schedule=schedule,
         reconstruct=reconstruct,

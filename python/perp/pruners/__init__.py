@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from perp.errors import UserError
-from perp.pruners import magnitude, sparsegpt, wanda
+from perp.pruners import magnitude, ria, sparsegpt, wanda
 from perp.statistics import Kind, Statistics
 from perp_kernels import Pattern, PatternError
 from perp_kernels.pattern import Scope
@@ -27,7 +27,7 @@ class Pruner(Protocol):
         """(the pruned weight [N, K] in the dtype of `weight`, its mask: bool [N, K], True = kept)."""
 
 
-METHODS: dict[str, Pruner] = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}
+METHODS: dict[str, Pruner] = {"magnitude": magnitude, "wanda": wanda, "ria": ria, "sparsegpt": sparsegpt}
 
 
 def get(name: str) -> Pruner:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from perp.statistics import Kind, Statistics
-from perp_kernels import Pattern, select
+from perp_kernels import Pattern, wanda_select
 from perp_kernels.pattern import Scope
 
 NEEDS: Kind | None = "norms"
@@ -20,6 +20,6 @@ def prune(weight: Tensor, statistics: Statistics | None, pattern: Pattern) -> tu
     """
     if statistics is None:
         raise ValueError("wanda needs the statistics of what the layer reads.")
-    scores = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs() * statistics.square_sums.sqrt()
-    mask = select(scores, pattern.with_scope(SCOPES[0]))
+    norms = statistics.square_sums.sqrt()
+    mask = wanda_select(weight, norms.to(torch.promote_types(weight.dtype, norms.dtype)), pattern.with_scope(SCOPES[0]))
     return weight.masked_fill(~mask, 0), mask
