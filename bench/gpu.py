@@ -128,7 +128,7 @@ def _run(name: str, tests: tuple[str, ...], out: Path, deadline: float) -> Outco
 
 @cache
 def _tests(files: tuple[str, ...], deadline: float) -> str:
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", "8", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     return _step([*_pytest(files), *workers], deadline - time.monotonic(), {"PERP_GPU": "1"})
 
 
@@ -139,7 +139,7 @@ def _memory_check(files: tuple[str, ...], deadline: float) -> str:
     tool = _tool("compute-sanitizer")
     if tool is None:
         return "compute-sanitizer is not here"
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "99", "--log-file", os.devnull]
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "99", "--print-limit", "5"]
     environment = {"PERP_GPU": "small", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     seconds = min(SANITIZER_SECONDS, (deadline - time.monotonic()) / 3)
     small = tuple(name for name in files if name not in ("test_launched.py", "test_registered.py"))

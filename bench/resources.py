@@ -79,8 +79,7 @@ def built(launched: Launch, target: Target) -> Any:
         if not isinstance(value, float) and (isinstance(value, Tensor) or value % 16 == 0):
             divisible[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(launched.kernel, signature, known, divisible)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=config.options)
 
 
 def compile_launch(launched: Launch, target: Target) -> Compiled:
@@ -88,11 +87,10 @@ def compile_launch(launched: Launch, target: Target) -> Compiled:
     compiled, config = built(launched, target), launched.config
     registers, spilled = _usage(compiled.asm["cubin"])
     found = [i for i in TENSOR_CORE[target.arch] if i in compiled.asm["ptx"]]
-    tiles = " ".join(f"{name}={value}" for name, value in config.tiles.items())
     return Compiled(
         launched.kernel.__name__,
         target.arch,
-        f"{tiles} warps={config.num_warps} stages={config.num_stages}",
+        " ".join(f"{name.removeprefix('num_')}={value}" for name, value in config.values().items() if value),
         found[0] if found else "",
         registers,
         spilled,

@@ -45,7 +45,10 @@ def _grid(**choices: Sequence[int]) -> list[dict[str, int]]:
 
 # num_stages only where a loop's loads feed a product: elsewhere Triton has nothing to pipeline.
 SPACES: dict[str, list[dict[str, int]]] = {
-    "gram": _grid(BLOCK=(128,), BT=(32, 64, 128), num_warps=(4, 8), num_stages=(3, 4, 5)),
+    "gram": [
+        *_grid(BLOCK=(128,), BT=(32, 64), num_warps=(8,), num_stages=(3, 4), max_registers=(128,)),
+        *_grid(BLOCK=(128,), BT=(32, 64, 128), num_warps=(4, 8), num_stages=(3, 4), max_registers=(0,)),
+    ],
     "adapter_gradients": [
         {**tile, **rest}
         for tile in ({"BN": 128, "BK": 128}, {"BN": 128, "BK": 256}, {"BN": 256, "BK": 128})

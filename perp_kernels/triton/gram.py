@@ -44,6 +44,29 @@ def banded_triangle(pid, side, GROUP: tl.constexpr):
 
 
 @triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile [ROWS, COLUMNS]."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def add_tile(H, tile, first_row, first_column, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """H[first_row:, first_column:] += tile [ROWS, COLUMNS]."""
+    rows, columns = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+    at = H + rows[:, None].to(tl.int64) * K + columns[None, :]
+    inside = (rows < K)[:, None] & (columns < K)[None, :]
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + tile, mask=inside)
+
+
+@triton.jit
+def add_twice(H, tile, first_row, first_column, below, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """H += tile and, where it lies below the diagonal, its transpose in the other triangle."""
+    add_tile(H, tile, first_row, first_column, K, ROWS, COLUMNS)
+    if below:
+        add_tile(H, tl.trans(tile), first_column, first_row, K, COLUMNS, ROWS)
+
+
+@triton.jit
 def gram_kernel(
     H, x, offsets, tokens, K, x_stride,
     EXPERTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr,
@@ -59,21 +82,27 @@ def gram_kernel(
         x, x, begin, end, i * BLOCK, j * BLOCK, K, K, x_stride, x_stride, BLOCK, BLOCK, BT, PRECISION
     )
     H += expert.to(tl.int64) * K * K
-    rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
-    at = H + rows[:, None].to(tl.int64) * K + columns[None, :]
-    inside = (rows < K)[:, None] & (columns < K)[None, :]
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + tile, mask=inside)
-    if i > j:
-        at = H + columns[:, None].to(tl.int64) * K + rows[None, :]
-        inside = (columns < K)[:, None] & (rows < K)[None, :]
-        tl.store(at, tl.load(at, mask=inside, other=0.0) + tl.trans(tile), mask=inside)
+    # A quarter at a time: with all of H's tile and its addresses beside the sums in registers, a processor has no room
+    # for a second program, whose products would hide this.
+    HALF: tl.constexpr = BLOCK // 2
+    QUARTER: tl.constexpr = BLOCK // 4
+    row, column = i * BLOCK, j * BLOCK
+    left, right = halves(tile, BLOCK, BLOCK)
+    for side in tl.static_range(2):
+        first, second = halves(left if side == 0 else right, BLOCK, HALF)
+        add_twice(H, first, row, column, i > j, K, BLOCK, QUARTER)
+        add_twice(H, second, row, column + QUARTER, i > j, K, BLOCK, QUARTER)
+        column += HALF
 
 
 def _config(target: Target, K: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         default = Config({"BLOCK": 64, "BT": 16}, num_warps=4, num_stages=2)
     else:
-        default = Config({"BLOCK": 128, "BT": 64}, num_warps=8, num_stages=3)
+        # From sm_90 on two programs of 256 threads share a processor's 64k registers and its shared memory. Before, the
+        # product alone fills 128 registers.
+        most = 128 if target.arch >= 90 else 0
+        default = Config({"BLOCK": 128, "BT": 64}, num_warps=8, num_stages=3, max_registers=most)
     return configure("gram", target, f"{dtype} K={K}", default)
 
 

@@ -30,25 +30,40 @@ class Target:
     processors: int  # streaming multiprocessors
 
 
+_OPTIONS = ("num_warps", "num_stages", "max_registers")
+
+
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is compiled: its tile sizes, its warps, and the stages of its loop's pipeline."""
+    """How a kernel is compiled: its tile sizes, its warps, the stages of its loop's pipeline, and the registers that a
+    thread may have (0: as many as the compiler likes)."""
 
     tiles: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the tiles, as Triton takes it."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers or None,
+            "enable_fp_fusion": True,
+        }
 
     def values(self) -> dict[str, int]:
         """All numbers by name."""
-        return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.tiles, **{name: getattr(self, name) for name in _OPTIONS}}
 
     def with_values(self, values: Mapping[str, int]) -> Config:
         """This configuration with some numbers replaced, by name."""
         rest = dict(values)
-        warps, stages = rest.pop("num_warps", self.num_warps), rest.pop("num_stages", self.num_stages)
+        options = {name: rest.pop(name) for name in _OPTIONS if name in rest}
         if not rest.keys() <= self.tiles.keys():
             raise ValueError(f"A configuration of {', '.join(self.tiles)} has no {', '.join(rest)}.")
-        return replace(self, tiles={**self.tiles, **rest}, num_warps=warps, num_stages=stages)
+        return replace(self, tiles={**self.tiles, **rest}, **options)
 
 
 @dataclass(frozen=True)
@@ -161,9 +176,7 @@ def launch(
             **arguments,
             **switches,
             **config.tiles,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            **config.options,
         )
     if _compiled is not None:
         _compiled.append(built)

@@ -9,6 +9,8 @@ the call, which torch multiplies.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -129,7 +131,7 @@ def few_tokens(x: Tensor, w: PackedRows, bias: Tensor | None, out: Tensor) -> No
             "BIAS": bias is not None and parts == 1,
             "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         },
-        Config(tiles, config.num_warps, config.num_stages),
+        replace(config, tiles=tiles),
     )
     if parts > 1:
         launch(

@@ -56,7 +56,10 @@ class Stages:
         return True
 
     def read(self, model: nn.Module) -> tuple[list[Row], dict[str, Tensor], dict[str, dict[str, float]]]:
-        """The rows, the masks and what refining did to them, with the pruned weights put into `model`; UserError for a damaged file."""
+        """The rows, the masks and what refining did, with the pruned weights put into `model`.
+
+        UserError for a damaged file.
+        """
         try:
             told = json.loads((self.path / _JOB).read_text(encoding="utf-8"))
             rows = [Row(**row) for row in told["rows"]]

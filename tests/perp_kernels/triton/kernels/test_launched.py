@@ -1,5 +1,7 @@
 """What only a GPU can show: offsets past 2^31, streams, graphs, and every device of the machine."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,10 +13,13 @@ from tests.perp_kernels.oracles import DEVICE, normal, random_weight
 BF16 = torch.bfloat16
 # More than 2^32 weights and 2^31 kept ones.
 N, K = 70_000, 65_536
-HUGE = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 << 30,
-    reason="needs a GPU with 60 GB",
-)
+LARGE_GPU = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 60 << 30
+
+
+def huge_test(test: Callable[..., None]) -> Callable[..., None]:
+    """One after the other, where tests run side by side, and on a GPU that holds them."""
+    skips = pytest.mark.skipif(not LARGE_GPU, reason="needs a GPU with 60 GB")
+    return skips(pytest.mark.xdist_group("huge")(test))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def last_rows(w: pk.SparseWeight, count: int) -> Tensor:
         return part.unpack()
 
 
-@HUGE
+@huge_test
 def test_unpack_past_two_to_the_31(huge: pk.SparseWeight) -> None:
     with pk.backend("triton"):
         dense = huge.unpack()
@@ -40,7 +45,7 @@ def test_unpack_past_two_to_the_31(huge: pk.SparseWeight) -> None:
     torch.testing.assert_close(dense.sum(dtype=torch.float32), huge.values.sum(dtype=torch.float32), rtol=1e-3, atol=1)
 
 
-@HUGE
+@huge_test
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_few_tokens_past_two_to_the_31(huge: pk.SparseWeight, tokens: int) -> None:
     x = normal(tokens, K, dtype=BF16)
@@ -50,7 +55,7 @@ def test_few_tokens_past_two_to_the_31(huge: pk.SparseWeight, tokens: int) -> No
     torch.testing.assert_close(y[:, -64:].double(), exact, rtol=2e-2, atol=2e-2)
 
 
-@HUGE
+@huge_test
 def test_adapter_gradients_past_two_to_the_31(huge: pk.SparseWeight) -> None:
     x, dy = normal(64, K, dtype=BF16), normal(64, N, dtype=BF16, seed=3)
     A, B = normal(16, K, dtype=BF16, seed=4) / K**0.5, normal(N, 16, dtype=BF16, seed=5).requires_grad_()
@@ -61,7 +66,7 @@ def test_adapter_gradients_past_two_to_the_31(huge: pk.SparseWeight) -> None:
     torch.testing.assert_close(dB[-64:].double(), exact, rtol=2e-2, atol=2e-2 * exact.abs().max().item())
 
 
-@HUGE
+@huge_test
 def test_gram_of_more_than_two_to_the_31_numbers() -> None:
     # Whole numbers whose sums float32 holds exactly.
     x = torch.randint(-1, 2, (600_000, 4096), dtype=torch.int8, device=DEVICE).to(BF16)
