@@ -27,11 +27,12 @@ from torch.autograd.function import once_differentiable
 
 from perp_kernels.arrays import as_optional_tensor, as_tensor
 from perp_kernels.layouts import SparseWeight
-from perp_kernels.ops import _adapted
+from perp_kernels.ops import _adapted, tiled24
 from perp_kernels.ops._adapted import Added, ReferenceAdapted
 from perp_kernels.ops._arguments import check_adapter, check_linear, wants_gradient
 from perp_kernels.ops._library import define
 from perp_kernels.ops._rows import PackedRows, linear_fake
+from perp_kernels.ops._tiled24 import TILED24
 
 
 def _forward(
@@ -135,6 +136,8 @@ def masked_lora_linear(
     bias, offsets = as_optional_tensor(bias), as_optional_tensor(offsets)
     check_linear(x, w, bias, offsets)
     check_adapter(w, A, B)
+    if w.layout == TILED24:
+        return tiled24.lora_linear(x, w, A, B, float(scale), bias)
     if wants_gradient(x, A, B, bias):
         return _MaskedLoraLinear.apply(
             x, A, B, bias, float(scale), w.values, w.index, w.row_ptr, w.layout, w.shape, offsets

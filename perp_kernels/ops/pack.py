@@ -2,8 +2,8 @@
 
     pack(weight [R, K], bits uint8 [R, ceil(K/8)], layout) -> (values, index, row_ptr or None)
 
-in the canonical form of `perp_kernels.layouts`. For semi24 every group of four keeps exactly two. The number of values
-depends on the mask, so this runs outside traced code and is no torch.library op.
+in the canonical form of `perp_kernels.layouts`, or in the order tiled24. For semi24 and tiled24 every group of four keeps
+exactly two. The number of values depends on the mask, so this runs outside traced code and is no torch.library op.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from torch import Tensor
 
 from perp_kernels import dispatch
 from perp_kernels.ops._rows import clear_pruned_
+from perp_kernels.ops._tiled24 import TILED24, tile_index, tile_values
 from perp_kernels.ops.bits import bits_to_semi24, unpack_mask_rows
 
 
 def _reference(weight: Tensor, bits: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor | None]:
     R, K = weight.shape
+    if layout == TILED24:
+        values, index, _ = pack(weight, bits, "semi24")
+        return tile_values(values), tile_index(index), None
     kept = unpack_mask_rows(bits, K, "bitmap")
     if layout == "dense":
         return clear_pruned_(weight.clone(memory_format=torch.contiguous_format), kept), bits, None
