@@ -3,7 +3,7 @@
 Every op runs in plain torch and uses a faster implementation where this machine has one: `active()` tells which.
 """
 
-from perp_kernels import cpu, triton  # register their implementations
+from perp_kernels import cpu, cuda, triton  # register their implementations
 from perp_kernels.dispatch import active, backend
 from perp_kernels.layouts import SparseWeight, pack
 from perp_kernels.ops.bits import pack_bits, unpack_bits
@@ -25,6 +25,7 @@ __all__ = [
     "active",
     "backend",
     "cpu",
+    "cuda",
     "gram_",
     "masked_lora_linear",
     "pack",

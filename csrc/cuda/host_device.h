@@ -7,6 +7,11 @@
 #define PERP_BOTH inline
 #endif
 
+// Set by the build: what the sources were when a cubin was made of them, so that a stale one is known.
+#ifdef PERP_FINGERPRINT
+extern "C" __device__ char perp_fingerprint[] = PERP_FINGERPRINT;
+#endif
+
 namespace perp {
 
 using u16 = unsigned short;

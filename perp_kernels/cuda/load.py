@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import tempfile
 import warnings
@@ -23,7 +22,6 @@ import torch
 
 _HERE = Path(__file__).resolve().parent
 CUBINS = _HERE / "cubins"
-MANIFEST = "manifest.json"
 
 # In a wheel the sources lie beside this file; in a checkout, where they are written.
 SOURCES = next((p for p in (_HERE / "source", _HERE.parents[1] / "csrc" / "cuda") if p.is_dir()), _HERE / "source")
@@ -33,12 +31,12 @@ HEADERS = (".cuh", ".h")
 
 @functools.cache
 def fingerprint() -> str:
-    """Of all sources, names and bytes: what cubins and cached results are known by."""
-    state = hashlib.sha256()
+    """Of all sources, names and bytes, as CMakeLists.txt writes it into each cubin: what they are known by."""
+    lines = ""
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".cu", *HEADERS):
-            state.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return state.hexdigest()
+            lines += f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -58,20 +56,17 @@ def _warn_once(message: str) -> None:
 
 def prebuilt(source: str, capability: tuple[int, int]) -> bytes | None:
     """The shipped cubin of a source, None where there is none of these sources for this GPU."""
-    path = CUBINS / f"{source}.{shipped_for(capability)}.cubin"
-    if not path.exists():
-        return None
     try:
-        built_from = json.loads((CUBINS / MANIFEST).read_text())["sources"]
-    except (OSError, ValueError, KeyError):
-        built_from = None
-    if built_from != fingerprint():
-        _warn_once(
-            f"The CUDA kernels in {CUBINS} were built from other sources than those of this package, so NVRTC compiles "
-            "them anew: reinstall the package, or delete the folder."
-        )
+        cubin = (CUBINS / f"{source}.{shipped_for(capability)}.cubin").read_bytes()
+    except OSError:
         return None
-    return path.read_bytes()
+    if fingerprint().encode() in cubin:
+        return cubin
+    _warn_once(
+        f"The CUDA kernels in {CUBINS} were built from other sources than those of this package, so NVRTC compiles them "
+        "anew: reinstall the package, or delete the folder."
+    )
+    return None
 
 
 def _cache_folder() -> Path:

@@ -2,8 +2,8 @@
 
     pack(weight [R, K], bits uint8 [R, ceil(K/8)], layout) -> (values, index, row_ptr or None)
 
-in the canonical form of `perp_kernels.layouts`, or in the order tiled24. For semi24 and tiled24 every group of four keeps
-exactly two. The number of values depends on the mask, so this runs outside traced code and is no torch.library op.
+in the canonical form of `perp_kernels.layouts`, or in the order tiled24. For both semi24 and tiled24 every group of four
+keeps exactly two. The number of values depends on the mask, so this runs outside traced code: no torch.library op.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Machine {
     }
     std::size_t left = fibers_.size();
     while (left > 0) {
-      if (!bulks_.empty() && random() % 64 == 0) land();
+      if (!bulks_.empty() && random() % 256 == 0) land();
       Fiber* next = pick();
       if (next == nullptr) {
         if (bulks_.empty()) fail(deadlock());
