@@ -83,7 +83,9 @@ class CMakeBuild(build_ext):
         cubins = [*native, "--target", "cubins", "--", "-k", "0"]
         for command in (configure, native, cubins):
             optional = command is cubins
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=not optional)
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=not optional
+            )
             if self.verbose:
                 print(done.stdout)
 

@@ -195,10 +195,11 @@ def pack(weight: Any, mask: Any, layout: str = "bitmap") -> SparseWeight:
         raise ValueError(f"A mask is bool {list(weight.shape)} like its weight, not {mask.dtype} {list(mask.shape)}.")
     K = weight.shape[-1]
     rows, kept = weight.detach().reshape(-1, K), mask.reshape(-1, K)
-    if layout == TILED24:
-        check_tileable(tuple(weight.shape), weight.dtype, "semi24")
     if layout in ("semi24", TILED24):
         _check_semi24(kept)
+    if layout == TILED24:
+        check_tileable(tuple(weight.shape), weight.dtype, "semi24")
+        return SparseWeight(*_pack.tiled24_pack(rows, pack_bits(kept)), None, tuple(weight.shape), layout)
     values, index, row_ptr = _pack.pack(rows, pack_bits(kept), layout)
     return SparseWeight(values, index, row_ptr, tuple(weight.shape), layout)
 

@@ -13,9 +13,9 @@
     perp::Semi24Gemm80<perp::PERP_TYPE, ROWS, TOKENS, WARPS_M, WARPS_N, STAGES>::launched(p, part_sums, parts);         \
   }
 
-// Few tokens: 64 outputs a block, so that there are many; four warps of one strip each. Six stages of 7 KB, of which five
-// are on their way, and four such blocks keep some 140 KB of a processor's reads under way.
-PERP_SEMI24_GEMM(PERP_NAME(t16), 64, 16, 4, 1, 6, 4)
+// Few tokens: 64 outputs a block, so that there are many; four warps of one strip each. Five stages of 7 KB, of which four
+// are on their way: four such blocks, which fit an A100's 164 KB, keep over 100 KB of its reads under way.
+PERP_SEMI24_GEMM(PERP_NAME(t16), 64, 16, 4, 1, 5, 4)
 PERP_SEMI24_GEMM(PERP_NAME(t64), 64, 64, 4, 1, 4, 3)
 
 // Many: 128 x 128, each of eight warps 32 x 64, which reads 24 operands from shared memory for 32 products. Three stages

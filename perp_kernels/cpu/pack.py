@@ -85,9 +85,5 @@ def _supports(tensor: Tensor, *_: object) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in ELEMENTS
 
 
-def _packs(weight: Tensor, bits: Tensor, layout: str) -> bool:
-    return _supports(weight) and layout in ("dense", "bitmap", "semi24")
-
-
-native.register("pack", pack, _packs)
+native.register("pack", pack, _supports)
 native.register("unpack", unpack, _supports)

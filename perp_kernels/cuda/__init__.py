@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from perp_kernels import dispatch
-from perp_kernels.ops._tiled24 import DTYPES, TILE, TILED24
+from perp_kernels.ops._tiled24 import DTYPES, TILE
 
 # Sparse tensor cores start here.
 OLDEST = (8, 0)
@@ -53,8 +53,8 @@ def _weight(values: Tensor, index: Tensor, shape: list[int], *rest: Any) -> bool
     return serves(values, shape)
 
 
-def _pack(weight: Tensor, bits: Tensor, layout: str) -> bool:
-    return layout == TILED24 and serves(weight, [*weight.shape])
+def _pack(weight: Tensor, bits: Tensor) -> bool:
+    return serves(weight, [*weight.shape])
 
 
 def _register(op: str, supports: Callable[..., bool]) -> None:
@@ -68,7 +68,7 @@ _register("tiled24_linear", _linear)
 _register("tiled24_lora_linear", _linear)
 _register("tiled24_add_lowrank_", _weight)
 _register("tiled24_assign_", _weight)
-_register("pack", _pack)
+_register("tiled24_pack", _pack)
 
 
 def active() -> str:

@@ -63,8 +63,8 @@ def prebuilt(source: str, capability: tuple[int, int]) -> bytes | None:
     if fingerprint().encode() in cubin:
         return cubin
     _warn_once(
-        f"The CUDA kernels in {CUBINS} were built from other sources than those of this package, so NVRTC compiles them "
-        "anew: reinstall the package, or delete the folder."
+        f"The CUDA kernels in {CUBINS} were built from other sources than those of this package, so NVRTC compiles "
+        "them anew: reinstall the package, or delete the folder."
     )
     return None
 

@@ -64,7 +64,7 @@ class Shape80:
         return self.stages * -(-stage // 1024) * 1024 + _ALIGNMENT
 
 
-SHAPES_80 = (Shape80("t16", 64, 16, 128, 6, 4), Shape80("t64", 64, 64, 128, 4, 3), Shape80("t128", 128, 128, 256, 3, 2))
+SHAPES_80 = (Shape80("t16", 64, 16, 128, 5, 4), Shape80("t64", 64, 64, 128, 4, 3), Shape80("t128", 128, 128, 256, 3, 2))
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,10 @@ def tiled24_assign_(values: Tensor, index: Tensor, shape: list[int], weight: Ten
     run(plans.repack(values, index, _aligned_rows(weight)), values.device)
 
 
-def pack(weight: Tensor, bits: Tensor, layout: str) -> tuple[Tensor, Tensor, None]:
-    """The tiled components of a dense weight [R, K]; the caller has checked that each group of four keeps two."""
-    R, K = weight.shape
-    values = torch.empty((padded_rows(R), K // 2), dtype=weight.dtype, device=weight.device)
-    index = torch.empty((padded_rows(R), K // 8), dtype=torch.uint8, device=weight.device)
+def tiled24_pack(weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """values and index of a dense weight [N, K]; the caller has checked that each group of four keeps two."""
+    N, K = weight.shape
+    values = torch.empty((padded_rows(N), K // 2), dtype=weight.dtype, device=weight.device)
+    index = torch.empty((padded_rows(N), K // 8), dtype=torch.uint8, device=weight.device)
     run(plans.compress(values, index, _aligned_rows(weight), bits.contiguous()), weight.device)
-    return values, index, None
+    return values, index

@@ -67,7 +67,7 @@ def test_opcheck(layout: str, experts: int | None) -> None:
         torch.library.opcheck(getattr(torch.ops.perp_kernels, name).default, arguments)
         names.add(name)
     registered = {name for name in pk.active() if layout == "semi24" or not name.startswith("tiled24")}
-    assert names == registered - {"pack"}, "an op is registered that no call here checks"
+    assert names == registered - {"pack", "tiled24_pack"}, "an op is registered that no call here checks"
 
 
 class Layer(nn.Module):

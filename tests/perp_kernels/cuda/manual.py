@@ -1,8 +1,8 @@
 """What the PTX ISA manual says of the operands of the sparse products, in NumPy; no code of the kernels' is used here.
 
-Sections: "Sparse matrix storage"; "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types" and "... for sparse
-wgmma.mma_async.m64nNk32" (the two share one figure of the metadata); "Shared Memory Matrix Layout"; "Matrix Descriptor
-Format". Memory is an array of bytes, an address an index into it; 16-bit elements are uint16 bit patterns.
+Sections: "Sparse matrix storage"; "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types" and "... for
+sparse wgmma.mma_async.m64nNk32" (the two share one figure of the metadata); "Shared Memory Matrix Layout"; "Matrix
+Descriptor Format". Memory is an array of bytes, an address an index into it; 16-bit elements are uint16 bit patterns.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def swizzled(address: int, width: int) -> int:
 
 
 def operand(memory: Bytes, descriptor: int, rows: int, elements: int) -> Halves:
-    """[rows, elements]: a K-major operand by its descriptor, canonical layout ((8, m), (T, 2k)) : ((w T, SBO), (1, T))."""
+    """[rows, elements]: a K-major operand by its descriptor; canonical layout ((8, m), (T, 2k)) : ((w T, SBO), (1, T))
+    for rows of w chunks, swizzled."""
     start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     width = {1: 128, 2: 64, 3: 32}[descriptor >> 62]
     found = np.empty((rows, elements), dtype=np.uint16)

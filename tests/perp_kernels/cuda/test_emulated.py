@@ -1,11 +1,10 @@
-"""The kernels themselves, run on the CPU by a machine that is as unkind as the PTX manual allows (emulator/machine.h)."""
+"""The kernels themselves, run on the CPU by a machine as unkind as the PTX manual allows: see emulator/machine.h."""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import perp_kernels as pk
 from perp_kernels.cuda import semi24
 from perp_kernels.cuda.plans import Gpu
 
-from ..oracles import assert_no_worse, normal, random_weight
+from ..oracles import assert_no_worse, normal, random_mask, random_weight
 from .emulation import A100, H100, HERE, SOURCES, emulated
 
 SMALL = Gpu(90, 1)
@@ -120,7 +119,7 @@ def test_nothing_is_written_outside_the_result(gpu: Gpu, monkeypatch: pytest.Mon
 
 def special(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, pk.SparseWeight]:
     """A dense weight with -0, NaN and infinity at kept places and NaN at all pruned ones."""
-    _, mask, w = random_weight(shape, "semi24", dtype)
+    mask = random_mask(shape, "semi24")
     dense = torch.where(mask, normal(*shape), float("nan")).to(dtype)
     kept = mask.nonzero()
     for value, (row, column) in zip((-0.0, 0.0, float("nan"), float("inf")), kept.tolist(), strict=False):
@@ -137,7 +136,7 @@ def same(left: Tensor, right: Tensor) -> bool:
 def test_compress_and_repack(shape: tuple[int, int], dtype: torch.dtype) -> None:
     dense, mask, w = special(shape, dtype)
     with emulated(A100):
-        values, index, _ = semi24.pack(dense, pk.pack_bits(mask), "tiled24")
+        values, index = semi24.tiled24_pack(dense, pk.pack_bits(mask))
         assert same(values, w.values)
         assert torch.equal(index, w.index)
         values.fill_(7.0)
@@ -182,7 +181,7 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
+def mistakes(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("a C++ compiler is needed to run the CUDA kernels on the CPU")
@@ -192,7 +191,7 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     subprocess.run([str(part) for part in command], check=True)
     library = ctypes.CDLL(str(built))
     library.mistake.restype = ctypes.c_char_p
-    yield library
+    return library
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -21,8 +21,8 @@ index = native.extension().cuda_index if cpu.available else None
 
 
 def ldmatrix(memory: manual.Bytes, row_offsets: list[int]) -> list[list[int]]:
-    """[lane][register * 2 + half]: what ldmatrix.x4 gives each lane; lanes 8 i .. 8 i + 7 name the rows of matrix i, and
-    a lane holds columns 2 (lane % 4), + 1 of row lane / 4 of each."""
+    """[lane][register * 2 + half]: what ldmatrix.x4 gives each lane; lanes 8 i .. 8 i + 7 name the rows of matrix i,
+    and a lane holds columns 2 (lane % 4), + 1 of row lane / 4 of each."""
     found = []
     for lane in range(32):
         row = [memory[o : o + 16].view(np.uint16) for o in (row_offsets[8 * i + lane // 4] for i in range(4))]
@@ -37,7 +37,12 @@ def weight_tile() -> tuple[np.ndarray, np.ndarray, manual.Bytes, np.ndarray]:
     kept = w.values.view(torch.int16).numpy().view(np.uint16)
     nibbles = np.stack([w.index.numpy() & 15, w.index.numpy() >> 4], axis=-1).reshape(64, 16)
     prepared = w.prepare()
-    return kept, nibbles, prepared.values.view(torch.uint8).numpy().ravel(), prepared.index.numpy().view(np.uint32).ravel()
+    return (
+        kept,
+        nibbles,
+        prepared.values.view(torch.uint8).numpy().ravel(),
+        prepared.index.numpy().view(np.uint32).ravel(),
+    )
 
 
 def test_values_and_index_lie_where_the_header_says() -> None:
@@ -51,7 +56,7 @@ def test_values_and_index_lie_where_the_header_says() -> None:
         assert [half >> 4 * n & 15 for n in range(4)] == nibbles[row, 4 * t : 4 * t + 4].tolist()
 
 
-@pytest.mark.parametrize("strip,step", itertools.product(range(4), range(2)))
+@pytest.mark.parametrize("strip,step", list(itertools.product(range(4), range(2))))
 def test_registers_of_mma_sp_hold_its_a(strip: int, step: int) -> None:
     kept, nibbles, memory, words = weight_tile()
     registers = ldmatrix(memory, [index.a_row_offset(lane, strip, step) for lane in range(32)])
@@ -73,7 +78,7 @@ def tokens_block(tokens: int) -> tuple[np.ndarray, manual.Bytes]:
     return x, memory
 
 
-@pytest.mark.parametrize("eight,step", itertools.product(range(3), range(2)))
+@pytest.mark.parametrize("eight,step", list(itertools.product(range(3), range(2))))
 def test_registers_of_mma_sp_hold_its_b(eight: int, step: int) -> None:
     x, memory = tokens_block(24)
     registers = ldmatrix(memory, [index.b_row_offset(lane, eight, step) for lane in range(32)])
@@ -113,10 +118,8 @@ def test_accumulators() -> None:
 def test_every_block_has_a_place_of_its_own_and_neighbours_share(rows: int, tokens: int) -> None:
     places = [index.place(block, rows, tokens) for block in range(rows * tokens)]
     assert set(places) == set(itertools.product(range(rows), range(tokens)))
-    for start in range(0, len(places) - 64, 64):
-        together = places[start : start + 64]
-        assert len({row for row, _ in together}) <= 16
-        assert len({token for _, token in together}) <= max(64 // min(8, rows % 8 or 8) + 1, 9)
+    order = [(row // 8, token) for row, token in places]
+    assert order == sorted(order), "eight blocks of rows take all tokens before the next eight begin"
 
 
 @pytest.mark.parametrize("tiles,parts", [(1, 4), (3, 4), (64, 4), (65, 8), (7, 1)])

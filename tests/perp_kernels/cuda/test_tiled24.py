@@ -93,13 +93,13 @@ def test_a_mask_that_is_not_2_to_4_and_other_values_are_refused() -> None:
     mask[5, 8:12] = True
     with pytest.raises(ValueError, match="output row 5 keeps 4 of inputs 8 to 11"):
         pk.pack(weight, mask, "tiled24")
-    with pytest.raises(TypeError, match="not torch.float32"):
+    with pytest.raises(TypeError, match=r"not torch\.float32"):
         w.prepare().to(dtype=torch.float32)
     with pytest.raises(ValueError, match="not those of"):
         w.prepare().assign_(weight[:, :60])
+    prepared = w.prepare()
+    prepared.values.requires_grad_()
     with pytest.raises(ValueError, match="get no gradient"):
-        prepared = w.prepare()
-        prepared.values.requires_grad_()
         pk.sparse_linear(normal(2, 64, dtype=torch.bfloat16), prepared)
 
 
@@ -142,11 +142,11 @@ def test_ops_and_their_gradients_are_those_of_the_canonical_form(call: Callable[
         with torch.no_grad():
             assert torch.equal(call(x, weight, A, B, bias), y)
     for got, expected in zip(*results, strict=True):
-        assert got is None and expected is None or torch.equal(got, expected)
+        assert (got is None and expected is None) or torch.equal(got, expected)
 
 
 def test_merges_and_assignments_leave_the_order_and_the_mask() -> None:
-    weight, mask, w = random_weight((70, 128), "semi24", torch.bfloat16)
+    _, mask, w = random_weight((70, 128), "semi24", torch.bfloat16)
     prepared, index = w.prepare(), w.prepare().index
     A, B, other = normal(4, 128), normal(70, 4, seed=5), normal(70, 128, dtype=torch.bfloat16)
     for change in (
