@@ -22,6 +22,7 @@ _PUBLIC = {
     "prune_model": "perp.prune:prune_model",
     "ReconstructSettings": "perp.reconstruct:ReconstructSettings",
     "SparseLinear": "perp.linear:SparseLinear",
+    "prepare": "perp.linear:prepare",
     "swap_linears": "perp.linear:swap_linears",
     "unswap": "perp.linear:unswap",
     "attach": "perp.adapters:attach",
