@@ -15,10 +15,9 @@
 //
 // The fetching side says "landed" LAG steps after it asked. cp.async writes through the generic proxy and the tensor cores
 // read through the async one, so a fence has to stand between them, and only the thread that waited for its own copies can
-// place it. LAG = STAGES - 3: LAG + 1 steps of tokens are in flight; the step the consumers wait for next is announced once
-// the stage two steps behind theirs is free again, which they have freed while still busy with the one between.
-// (No deadlock: step j is announced after step j + LAG has been asked for, into the stage of step j - 3. That one is
-// released as soon as the products of step j - 2 are issued, and step j - 2 was announced before step j.)
+// place it. LAG = STAGES - 3: LAG + 1 steps of tokens are in flight. Step j is announced after step j + LAG has been asked
+// for, into the stage of step j - 3. So nobody waits for ever, for step j - 3 was announced before and its release waits
+// for nothing else; and nobody waits long, for two more steps lie announced while that stage is filled.
 //
 // PARTS > 1 cuts the inputs among the blocks of a cluster, for few tokens, when the rows alone would leave processors idle.
 // Each leaves its sums in its own shared memory; every block then adds a share of them over the cluster, in the order of
@@ -123,15 +122,15 @@ struct Semi24Gemm90 {
         wgmma_sp<Type, TOKENS, 1>(sums[t], weight_descriptor(values, 1), token_descriptor(from + kTokens, 1), words[t]);
       }
       wgmma_commit();
-      // One step's products stay under way while the next step's words are read; those before have left their stage.
-      wgmma_wait<1>();
-      if (step > 0) release(step - 1);
+      // Waiting for all of them, where one step could stay under way: the manual does not say when a product has read its
+      // words, and the next step's would come into the same registers. The other group's products fill the gap.
+      wgmma_wait<0>();
+      release(step);
     }
-    wgmma_wait<0>();
 #pragma unroll
     for (int t = 0; t < TILES; ++t) settled(sums[t]);
-    // Nobody waits for the last stage to be released. Every copy has landed, for both groups have waited for each, and
-    // past this barrier neither reads the ring any more: it becomes the staging of the sums.
+    // Every copy has landed, for both groups have waited for each, and past this barrier neither reads the ring any more:
+    // it becomes the staging of the sums.
     named_sync(1, kConsumers);
   }
 
