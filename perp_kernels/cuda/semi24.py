@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perp_kernels.cpu.native import written
 from perp_kernels.cuda import plans
 from perp_kernels.cuda.launch import gpu_of, run
 from perp_kernels.ops._tiled24 import padded_rows
@@ -74,12 +75,14 @@ def tiled24_add_lowrank_(values: Tensor, index: Tensor, shape: list[int], A: Ten
     """Merge, by the kernel that forms the effective values of tiled24_lora_linear and hence to the same bits."""
     values, index = _weight(values, index)
     run(plans.add_lowrank(values, index, shape, *_factors(A, B), scale, values), values.device)
+    written(values)
 
 
 def tiled24_assign_(values: Tensor, index: Tensor, shape: list[int], weight: Tensor) -> None:
     """The kept values become those of the dense `weight`."""
     values, index = _weight(values, index)
     run(plans.repack(values, index, _aligned_rows(weight)), values.device)
+    written(values)
 
 
 def tiled24_pack(weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
