@@ -27,11 +27,20 @@ PERP_DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Returns once the phase of this parity has completed. try_wait sleeps in hardware for a while before it says no.
+// Arrives at the barrier at this address in block `rank` of the cluster, this one's own included.
+PERP_DEVICE void mbarrier_arrive_at(u32 barrier, int rank) {
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank)
+      : "memory");
+}
+
+// Returns once the phase of this parity has completed, with all that came before its arrivals, from whichever block of
+// the cluster. try_wait sleeps in hardware for a while before it says no.
 PERP_DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
   u32 done;
   do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
@@ -43,6 +52,14 @@ PERP_DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
 PERP_DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
+}
+
+// The same to these addresses of every block of the cluster whose bit is set in `blocks`, read once.
+PERP_DEVICE void bulk_copy_to_all(u32 to, const void* from, u32 bytes, u32 barrier, u16 blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
+      : "memory");
 }
 
 // What this thread wrote (cp.async included, once waited for) becomes visible to the tensor cores and the copy engine,

@@ -19,6 +19,10 @@
 // for, into the stage of step j - 3. So nobody waits for ever, for step j - 3 was announced before and its release waits
 // for nothing else; and nobody waits long, for two more steps lie announced while that stage is filled.
 //
+// SHARERS = 2 pairs blocks of the same outputs and neighbouring tokens in a cluster. Each fetches half of the tiles of the
+// weight, for both, which takes a quarter off what the pair reads from L2. A stage is then free when both have released it,
+// so every warp releases it to both; and no block may leave while the other still writes to it.
+//
 // PARTS > 1 cuts the inputs among the blocks of a cluster, for few tokens, when the rows alone would leave processors idle.
 // Each leaves its sums in its own shared memory; every block then adds a share of them over the cluster, in the order of
 // the parts, so no result depends on chance and nothing goes through device memory.
@@ -29,7 +33,7 @@
 
 namespace perp {
 
-template <class Type, int TOKENS, int TILES, int STAGES, int PARTS>
+template <class Type, int TOKENS, int TILES, int STAGES, int PARTS, int SHARERS = 1>
 struct Semi24Gemm90 {
   static constexpr int kGroupThreads = 128;
   static constexpr int kGroups = 2;  // of the multiplying kind: one's barriers hide behind the other's products
@@ -48,7 +52,7 @@ struct Semi24Gemm90 {
 
   // `full` is arrived at by each fetching warp and by the thread that announces the bulk copies.
   static constexpr int kFullArrivals = kGroupThreads / 32 + 1;
-  static constexpr int kEmptyArrivals = kConsumers / 32;
+  static constexpr int kEmptyArrivals = SHARERS * kConsumers / 32;
 
   using Sums = Staging<kTileRows>;
   static constexpr int kStaging = TOKENS * Sums::kPitch;  // of one warp group
@@ -56,10 +60,12 @@ struct Semi24Gemm90 {
   static_assert(kGroups * kStaging <= kRing, "the sums reuse the ring");
   static_assert(kLag >= 1, "fewer stages would announce what has just been asked for");
   static_assert(PARTS == 1 || TILES == 1, "the cluster adds one tile of each warp group");
+  static_assert(SHARERS == 1 || PARTS == 1, "a cluster has one purpose");
+  static_assert(kTiles % SHARERS == 0, "each block of a pair fetches as many tiles");
 
   const Product& p;
   u32 shared;
-  int thread, row_block, first_token, first, count;  // input tiles first .. first + count - 1
+  int thread, rank, row_block, first_token, first, count;  // input tiles first .. first + count - 1
 
   PERP_DEVICE u32 stage(int step) const { return shared + step % STAGES * kStage; }
   PERP_DEVICE u32 full(int step) const { return shared + kRing + step % STAGES * 16; }
@@ -71,6 +77,19 @@ struct Semi24Gemm90 {
     return tile_number(row_tile < last ? row_tile : last, first + step, p.input_tiles());
   }
 
+  PERP_DEVICE void fetch_tile(u32 to, int i, int step) const {
+    const unsigned char* values = p.values + tile(i, step) * kTileValueBytes;
+    const unsigned char* index = p.index + tile(i, step) * kTileIndexBytes;
+    const u32 to_values = to + i * kTileValueBytes, to_index = to + kIndex + i * kTileIndexBytes;
+    if constexpr (SHARERS == 1) {
+      bulk_copy(to_values, values, kTileValueBytes, full(step));
+      bulk_copy(to_index, index, kTileIndexBytes, full(step));
+    } else {
+      bulk_copy_to_all(to_values, values, kTileValueBytes, full(step), (1 << SHARERS) - 1);
+      bulk_copy_to_all(to_index, index, kTileIndexBytes, full(step), (1 << SHARERS) - 1);
+    }
+  }
+
   PERP_DEVICE void fetch() const {
     const int own = thread - kConsumers;
     for (int step = 0; step < count; ++step) {
@@ -79,10 +98,7 @@ struct Semi24Gemm90 {
       if (own == 0) {
         mbarrier_arrive_expect(full(step), kBulkBytes);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          bulk_copy(to + i * kTileValueBytes, p.values + tile(i, step) * kTileValueBytes, kTileValueBytes, full(step));
-          bulk_copy(to + kIndex + i * kTileIndexBytes, p.index + tile(i, step) * kTileIndexBytes, kTileIndexBytes, full(step));
-        }
+        for (int i = 0; i < kTiles / SHARERS; ++i) fetch_tile(to, SHARERS == 1 ? i : rank * (kTiles / SHARERS) + i, step);
       }
       copy_tokens<TOKENS, kGroupThreads>(p, to + kTokens, first_token, first + step, own);
       cp_async_commit();
@@ -103,7 +119,11 @@ struct Semi24Gemm90 {
 
   PERP_DEVICE void release(int step) const {
     warp_sync();
-    if (thread % 32 == 0) mbarrier_arrive(empty(step));
+    if constexpr (SHARERS == 1) {
+      if (thread % 32 == 0) mbarrier_arrive(empty(step));
+    } else {
+      if (thread % 32 < SHARERS) mbarrier_arrive_at(empty(step), thread % 32);
+    }
   }
 
   PERP_DEVICE void multiply(float (&sums)[TILES][TOKENS / 2]) const {
@@ -185,12 +205,12 @@ struct Semi24Gemm90 {
     cluster_sync();  // no block leaves while another reads its sums
   }
 
-  // A block of the grid: block_index over the parts of the inputs, innermost, and the blocks of y.
+  // A block of the grid: block_index over the parts of the inputs or the blocks that share, innermost, and the blocks of y.
   PERP_DEVICE static void launched(const Product& p) {
-    const int part = block_index() % PARTS;
-    const Place at = place(block_index() / PARTS, divide_up(p.outputs, kRows), divide_up(p.tokens, TOKENS));
+    const int part = block_index() % PARTS, rank = block_index() % SHARERS;
+    const Place at = place(block_index() / (PARTS * SHARERS), divide_up(p.outputs, kRows), divide_up(p.tokens, TOKENS * SHARERS));
     const int first = first_tile(p.input_tiles(), part, PARTS), end = first_tile(p.input_tiles(), part + 1, PARTS);
-    const Semi24Gemm90 block{p, shared_memory(), thread_index(), at.rows, at.tokens * TOKENS, first, end - first};
+    const Semi24Gemm90 block{p, shared_memory(), thread_index(), rank, at.rows, (at.tokens * SHARERS + rank) * TOKENS, first, end - first};
     if (block.thread == 0) {
       for (int s = 0; s < STAGES; ++s) {
         mbarrier_init(block.full(s), kFullArrivals);
@@ -199,11 +219,16 @@ struct Semi24Gemm90 {
       mbarrier_init_fence();
       async_proxy_fence();
     }
-    block_sync();
-    if constexpr (PARTS == 1) {
-      block.run_alone();
-    } else {
+    if constexpr (PARTS > 1) {
+      block_sync();
       block.run_in_cluster(part);
+    } else if constexpr (SHARERS > 1) {
+      cluster_sync();  // the other's barriers are there too
+      block.run_alone();
+      cluster_sync();
+    } else {
+      block_sync();
+      block.run_alone();
     }
   }
 };

@@ -63,23 +63,37 @@ class Shape80:
         stage = self.rows // TILE * (_TILE_BYTES + _TILE_INDEX_BYTES) + self.tokens * _TOKEN_BYTES
         return self.stages * -(-stage // 1024) * 1024 + _ALIGNMENT
 
+    def grid(self, N: int, tokens: int) -> int:
+        """Blocks, over all outputs and tokens."""
+        return -(-N // self.rows) * -(-tokens // self.tokens)
+
 
 SHAPES_80 = (Shape80("t16", 64, 16, 128, 5, 4), Shape80("t64", 64, 64, 128, 4, 3), Shape80("t128", 128, 128, 256, 3, 2))
 
 
 @dataclass(frozen=True)
 class Shape90:
-    """sm90_semi24_gemm.cuh: a block's tokens, tiles a warp group, stages, blocks of a cluster that share the inputs."""
+    """sm90_semi24_gemm.cuh: a block's tokens, tiles a warp group, stages; a cluster's parts of the inputs, or those of
+    its blocks that share a weight."""
 
     suffix: str
     tokens: int
     tiles: int
     stages: int
     parts: int
+    sharers: int = 1
 
     @property
     def rows(self) -> int:
         return 2 * self.tiles * TILE
+
+    @property
+    def cluster(self) -> int:
+        return self.parts * self.sharers
+
+    def grid(self, N: int, tokens: int) -> int:
+        """Blocks, a whole number of clusters."""
+        return self.cluster * -(-N // self.rows) * -(-tokens // (self.sharers * self.tokens))
 
     @property
     def shared(self) -> int:
@@ -97,13 +111,10 @@ SHAPES_90 = {
         ("t128_p4", 128, 1, 6, 4),
         ("t128_p1", 128, 1, 6, 1),
         ("t128_wide", 128, 2, 6, 1),
+        ("t128_pair", 128, 2, 6, 1, 2),
     )
 }
 _THREADS_90 = 384
-
-
-def _blocks(N: int, tokens: int, shape: Shape80 | Shape90) -> int:
-    return -(-N // shape.rows) * -(-tokens // shape.tokens)
 
 
 def choose_90(N: int, tokens: int, gpu: Gpu) -> Shape90:
@@ -111,17 +122,18 @@ def choose_90(N: int, tokens: int, gpu: Gpu) -> Shape90:
 
     Few tokens: four parts while the blocks then fit the GPU at once, two on a processor; else two. More: the least
     number of rounds times what a block costs, where 1 is 128 x 128 over all inputs. The wide block counts twice and
-    reads less for it, for which the others pay 15 %. A part of four costs a quarter, and a tenth for adding the sums.
+    reads less for it, for which the others pay 15 %; a pair reads less still. A part of four costs a quarter, and a
+    tenth for adding the sums.
     """
     if tokens <= 64:
         width = "t16" if tokens <= 16 else "t64"
         four = SHAPES_90[f"{width}_p4"]
-        return four if 4 * _blocks(N, tokens, four) <= 2 * gpu.processors else SHAPES_90[f"{width}_p2"]
+        return four if four.grid(N, tokens) <= 2 * gpu.processors else SHAPES_90[f"{width}_p2"]
 
     def cost(shape: Shape90, block: float) -> float:
-        return -(-_blocks(N, tokens, shape) * shape.parts // gpu.processors) * block
+        return -(-shape.grid(N, tokens) // gpu.processors) * block
 
-    costs = {"t128_wide": 2.0, "t128_p1": 1.15, "t128_p4": 0.39}
+    costs = {"t128_pair": 1.9, "t128_wide": 2.0, "t128_p1": 1.15, "t128_p4": 0.39}
     return SHAPES_90[min(costs, key=lambda suffix: cost(SHAPES_90[suffix], costs[suffix]))]
 
 
@@ -129,7 +141,7 @@ def choose_80(N: int, K: int, tokens: int, gpu: Gpu) -> tuple[Shape80, int]:
     """The shape for y [tokens, N] elsewhere, and in how many parts the inputs are summed: as many as fill the GPU once,
     since a part writes and reads a float for every output; at least two tiles each, so that its copies overlap."""
     shape = SHAPES_80[0 if tokens <= 16 else 1 if tokens <= 64 else 2]
-    room = gpu.processors * shape.blocks // max(_blocks(N, tokens, shape), 1)
+    room = gpu.processors * shape.blocks // max(shape.grid(N, tokens), 1)
     return shape, max(1, min(8, room, K // TILE // 2))
 
 
@@ -150,12 +162,12 @@ def linear(
     if gpu.arch == 90:
         on_90 = choose_90(N, tokens, gpu)
         source = f"sm90_{type_name}_semi24_gemm"
-        grid = (_blocks(N, tokens, on_90) * on_90.parts, 1)
-        return [Launch(source, f"{source}_{on_90.suffix}", grid, _THREADS_90, arguments, on_90.shared, on_90.parts)]
+        grid = (on_90.grid(N, tokens), 1)
+        return [Launch(source, f"{source}_{on_90.suffix}", grid, _THREADS_90, arguments, on_90.shared, on_90.cluster)]
     chosen, parts = choose_80(N, K, tokens, gpu)
     source = f"sm80_{type_name}_semi24_gemm"
     sums = None if parts == 1 else torch.empty((parts, tokens, N), dtype=torch.float32, device=x.device)
-    grid = (_blocks(N, tokens, chosen), parts)
+    grid = (chosen.grid(N, tokens), parts)
     product = Launch(
         source, f"{source}_{chosen.suffix}", grid, chosen.threads, (*arguments, sums, np.int32(parts)), chosen.shared
     )

@@ -69,8 +69,8 @@ def test_blocks_fit_a_processor(shape: plans.Shape80 | plans.Shape90) -> None:
         (14336, 16, "t16_p2"),
         (4096, 128, "t128_p4"),
         (4096, 512, "t128_p1"),
-        (4096, 4096, "t128_wide"),
-        (14336, 16384, "t128_wide"),
+        (4096, 4096, "t128_pair"),
+        (14336, 16384, "t128_pair"),
     ],
 )
 def test_shapes_chosen_on_an_h100(N: int, tokens: int, suffix: str) -> None:

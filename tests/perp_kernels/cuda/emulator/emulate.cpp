@@ -42,7 +42,8 @@ std::function<void(Words)> entry(void (*kernel)(T...)) {
 #define GEMM_90(type)                                                                                      \
   ENTRY(sm90_##type##_semi24_gemm_t16_p2), ENTRY(sm90_##type##_semi24_gemm_t16_p4),                        \
       ENTRY(sm90_##type##_semi24_gemm_t64_p2), ENTRY(sm90_##type##_semi24_gemm_t64_p4),                    \
-      ENTRY(sm90_##type##_semi24_gemm_t128_p4), ENTRY(sm90_##type##_semi24_gemm_t128_p1), ENTRY(sm90_##type##_semi24_gemm_t128_wide)
+      ENTRY(sm90_##type##_semi24_gemm_t128_p4), ENTRY(sm90_##type##_semi24_gemm_t128_p1), ENTRY(sm90_##type##_semi24_gemm_t128_wide), \
+      ENTRY(sm90_##type##_semi24_gemm_t128_pair)
 
 const std::map<std::string, std::function<void(Words)>> kernels = {
     GEMM_80(bf16), GEMM_80(fp16), GEMM_90(bf16), GEMM_90(fp16), ENTRY(semi24_compress), ENTRY(semi24_repack),

@@ -118,7 +118,7 @@ inline void cp_async16(u32 to, const void* from, bool inside) {
   machine().shared(machine().block(), to, 16);
   if (reinterpret_cast<std::uintptr_t>(from) % 16) fail("a misaligned cp.async");
   if (inside) machine().global(from, 16);
-  machine().overwrite(to);
+  machine().overwrite(machine().block(), to);
   me().copies.back().push_back({to, inside ? from : nullptr});
 }
 inline void cp_async_commit() { me().copies.emplace_back(); }
@@ -216,7 +216,18 @@ inline void mbarrier_wait(u32 barrier, u32 parity) {
   machine().wait("an mbarrier", [&at, parity] { return at.phase % 2 != parity; });
 }
 
+inline void mbarrier_arrive_at(u32 barrier, int rank) {
+  emulator::Mbarrier& at = machine().mbarrier(machine().block(rank), barrier);
+  --at.pending;
+  machine().advance(at);
+}
+
 inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) { machine().start({me().block, to, from, bytes, barrier}); }
+inline void bulk_copy_to_all(u32 to, const void* from, u32 bytes, u32 barrier, u16 blocks) {
+  for (int rank = 0; rank < 16; ++rank) {
+    if (blocks >> rank & 1) machine().start({rank, to, from, bytes, barrier});
+  }
+}
 
 inline void async_proxy_fence() {
   for (const u32 chunk : me().unfenced) {
@@ -317,7 +328,7 @@ void wgmma_wait() {
 
 // --- clusters
 
-inline void cluster_sync() { machine().meet(machine().block(0).named[16], machine().blocks() * machine().threads, "the cluster's barrier"); }
+inline void cluster_sync() { machine().meet(machine().everybody, machine().blocks() * machine().threads, "the cluster's barrier"); }
 inline float4 load_cluster4(u32 address, int rank) {
   float4 four;
   machine().read(machine().block(rank), address, 16, &four, false);

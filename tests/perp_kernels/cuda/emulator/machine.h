@@ -52,13 +52,14 @@ struct Mbarrier {
 };
 
 struct Bulk {
-  int block;
+  int block;  // to which it goes
   std::uint32_t to;
   const void* from;
   std::uint32_t bytes, barrier;
 };
 
 struct Block {
+  int left = 0;  // threads that have ended
   std::vector<unsigned char> memory;
   std::vector<Chunk> chunks;
   std::map<std::uint32_t, Mbarrier> mbarriers;
@@ -122,7 +123,10 @@ class Machine {
       next->ready = nullptr;
       swapcontext(&scheduler_, &next->context);
       if (!error_.empty()) fail(error_);
-      if (next->done) --left;
+      if (next->done) {
+        --left;
+        ++blocks_[next->block].left;
+      }
     }
     if (!bulks_.empty()) fail("a bulk copy is still on its way when the block ends");
   }
@@ -150,6 +154,7 @@ class Machine {
   Block& block() { return blocks_[current->block]; }
   Block& block(int rank) {
     if (rank < 0 || rank >= static_cast<int>(blocks_.size())) fail("a block rank outside the cluster");
+    if (blocks_[rank].left == threads) fail("the shared memory of a block that has ended");
     return blocks_[rank];
   }
   Fiber& fiber(int block, int thread) { return fibers_[static_cast<std::size_t>(block) * threads + thread]; }
@@ -182,14 +187,15 @@ class Machine {
 
   void start(const Bulk& bulk) {
     if (bulk.to % 16 || bulk.bytes % 16 || reinterpret_cast<std::uintptr_t>(bulk.from) % 16) fail("a misaligned bulk copy");
-    shared(block(), bulk.to, 16);
-    shared(block(), bulk.to + bulk.bytes - 16, 16);
+    Block& to = block(bulk.block);
+    shared(to, bulk.to, 16);
+    shared(to, bulk.to + bulk.bytes - 16, 16);
     global(bulk.from, bulk.bytes);
-    for (std::uint32_t at = bulk.to; at < bulk.to + bulk.bytes; at += 16) overwrite(at);
+    for (std::uint32_t at = bulk.to; at < bulk.to + bulk.bytes; at += 16) overwrite(to, at);
     bulks_.push_back(bulk);
   }
-  void overwrite(std::uint32_t address) {
-    Chunk& chunk = block().chunks[address / 16];
+  void overwrite(Block& at, std::uint32_t address) {
+    Chunk& chunk = at.chunks[address / 16];
     if (chunk == Chunk::on_its_way) fail("a copy starts to where another is on its way");
     chunk = Chunk::on_its_way;
   }
@@ -219,6 +225,7 @@ class Machine {
   static Machine* self;
   Fiber* current = nullptr;
   std::mt19937 random;
+  Rendezvous everybody;
   int threads;
   int grid_x = 0, grid_y = 0;  // of the cluster's first block
   std::vector<std::pair<std::uintptr_t, std::size_t>> buffers;
@@ -247,6 +254,7 @@ class Machine {
     const Bulk bulk = bulks_[which];
     bulks_.erase(bulks_.begin() + static_cast<std::ptrdiff_t>(which));
     Block& at = blocks_[bulk.block];
+    if (at.left == threads) fail("a bulk copy lands in a block that has ended");
     std::memcpy(at.memory.data() + bulk.to, bulk.from, bulk.bytes);
     for (std::uint32_t chunk = bulk.to / 16; chunk < (bulk.to + bulk.bytes) / 16; ++chunk) at.chunks[chunk] = Chunk::settled;
     Mbarrier& barrier = mbarrier(at, bulk.barrier);
