@@ -49,9 +49,10 @@ def tiled24_linear(x: Tensor, values: Tensor, index: Tensor, shape: list[int], b
     return y
 
 
-def _factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """In float32, which holds 16-bit factors exactly."""
-    return A.detach().float().contiguous(), B.detach().float().contiguous()
+def _factor(factor: Tensor) -> Tensor:
+    """Contiguous, aligned and in float32, which holds 16-bit factors exactly."""
+    wide = factor.detach().float().contiguous()
+    return wide if wide.data_ptr() % _ALIGNMENT == 0 else wide.clone()
 
 
 def tiled24_lora_linear(
@@ -67,14 +68,14 @@ def tiled24_lora_linear(
     """y [..., N] of x [..., K]; the effective values, half a dense weight, are a temporary of the call."""
     values, index = _weight(values, index)
     effective = torch.empty_like(values)
-    run(plans.add_lowrank(values, index, shape, *_factors(A, B), scale, effective), x.device)
+    run(plans.add_lowrank(values, index, shape, _factor(A), _factor(B), scale, effective), x.device)
     return tiled24_linear(x, effective, index, shape, bias)
 
 
 def tiled24_add_lowrank_(values: Tensor, index: Tensor, shape: list[int], A: Tensor, B: Tensor, scale: float) -> None:
     """Merge, by the kernel that forms the effective values of tiled24_lora_linear and hence to the same bits."""
     values, index = _weight(values, index)
-    run(plans.add_lowrank(values, index, shape, *_factors(A, B), scale, values), values.device)
+    run(plans.add_lowrank(values, index, shape, _factor(A), _factor(B), scale, values), values.device)
     written(values)
 
 
