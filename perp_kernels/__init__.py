@@ -3,9 +3,10 @@
 Every op runs in plain torch and uses a faster implementation where this machine has one: `active()` tells which.
 """
 
-from perp_kernels import cpu, triton  # register their implementations
+from perp_kernels import cpu, cuda, triton  # register their implementations
 from perp_kernels.dispatch import active, backend
 from perp_kernels.layouts import SparseWeight, pack
+from perp_kernels.ops._tiled24 import TILED24
 from perp_kernels.ops.bits import pack_bits, unpack_bits
 from perp_kernels.ops.gram import gram_
 from perp_kernels.ops.masked_lora_linear import masked_lora_linear
@@ -21,6 +22,7 @@ from perp_kernels.pattern import Pattern, PatternError
 __version__ = "0.1.0"
 
 __all__ = [
+    "TILED24",
     "Pattern",
     "PatternError",
     "SparseWeight",
@@ -28,6 +30,7 @@ __all__ = [
     "active",
     "backend",
     "cpu",
+    "cuda",
     "gram_",
     "masked_lora_linear",
     "masked_refit",

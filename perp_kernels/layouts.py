@@ -13,6 +13,9 @@ component sharded by rows is that of the sharded weight. The canonical form, whi
     semi24   [R, K/2], in column order; K % 4 == 0   a nibble per group of four columns, low nibble first: the kept
                                                      positions p0 | p1 << 2, p0 < p1; nibbles past K are 0
 
+A semi24 weight may be brought into the order tiled24, which sparse tensor cores read (`SparseWeight.prepare`,
+`perp_kernels/ops/_tiled24.py`). It takes the place of the canonical form on the device and is never written to disk.
+
 Kept is what the mask says, never what is non-zero: a kept 0 or -0 is stored like any other value and counts as kept.
 """
 
@@ -27,7 +30,10 @@ from torch import Tensor
 
 from perp_kernels.arrays import as_tensor
 from perp_kernels.ops import pack as _pack
+from perp_kernels.ops import tiled24
 from perp_kernels.ops._arguments import check_adapter
+from perp_kernels.ops._rows import PackedRows
+from perp_kernels.ops._tiled24 import TILED24, check_tileable, padded_rows, tile_index, tile_values
 from perp_kernels.ops.bits import kept_in_rows, pack_bits, unpack_mask
 from perp_kernels.ops.merge import add_lowrank_, mul_lowrank_
 from perp_kernels.ops.unpack import unpack
@@ -91,20 +97,60 @@ class SparseWeight:
     @property
     def nnz(self) -> int:
         """Number of kept weights, kept zeros included."""
+        if self.layout == TILED24:
+            return math.prod(self.shape) // 2
         return int(self.mask().sum()) if self.layout == "dense" else self.values.numel()
 
     def mask(self) -> Tensor:
         """The mask, bool of the weight's shape, True = kept."""
-        return unpack_mask(self.index, self.shape[-1], self.layout).view(self.shape)
+        w = self.canonical()
+        return unpack_mask(w.index, w.shape[-1], w.layout).view(w.shape)
 
     def unpack(self) -> Tensor:
         """The dense weight, a new tensor with +0 where pruned; not differentiable."""
-        return unpack(self.values.detach(), self.index, self.row_ptr, self.shape[-1], self.layout).view(self.shape)
+        w = self.canonical()
+        return unpack(w.values.detach(), w.index, w.row_ptr, w.shape[-1], w.layout).view(w.shape)
+
+    def prepare(self) -> SparseWeight:
+        """This semi24 weight in the order tiled24, new tensors that take the place of its own; a tiled one itself.
+
+        It is for a [N, K] weight of 16-bit values with K % 64 == 0. Raises ValueError or TypeError for any other.
+        """
+        if self.layout == TILED24:
+            return self
+        check_tileable(self.shape, self.dtype, self.layout)
+        return SparseWeight(tile_values(self.values.detach()), tile_index(self.index), None, self.shape, TILED24)
+
+    def canonical(self) -> SparseWeight:
+        """The inverse of `prepare`, to the bit; a weight of any other layout itself."""
+        if self.layout != TILED24:
+            return self
+        values, index, _, layout, _ = tiled24.canonical(self.values.detach(), self.index, list(self.shape))
+        return SparseWeight(values, index, None, self.shape, layout)
+
+    def assign_(self, weight: Any) -> SparseWeight:
+        """Overwrite the kept values by those of a dense weight of this shape and dtype; the mask stays."""
+        weight = as_tensor(weight).detach()
+        if weight.shape != self.shape or weight.dtype != self.dtype:
+            raise ValueError(
+                f"A weight {list(self.shape)} of {self.dtype} takes the values of its like, not those of "
+                f"{list(weight.shape)} of {weight.dtype}."
+            )
+        if self.layout == TILED24:
+            tiled24.assign_(self.values.detach(), self.index, self.shape, weight)
+        else:
+            rows = weight.reshape(-1, self.shape[-1])
+            packed = PackedRows(self.values.detach(), self.index, self.row_ptr, self.layout, self.shape[-1])
+            packed.store(0, len(rows), rows.clone() if self.layout == "dense" else rows)
+        return self
 
     def add_lowrank_(self, A: Any, B: Any, scale: float) -> SparseWeight:
         """Merge an adapter of `masked_lora_linear` in place, W += scale * M * (B A): see `perp_kernels.ops.merge`."""
         A, B = as_tensor(A).detach(), as_tensor(B).detach()
         check_adapter(self, A, B)
+        if self.layout == TILED24:
+            tiled24.add_lowrank_(self.values.detach(), self.index, self.shape, A, B, float(scale))
+            return self
         add_lowrank_(self.values.detach(), self.index, self.row_ptr, self.layout, self.shape, A, B, float(scale))
         return self
 
@@ -112,11 +158,16 @@ class SparseWeight:
         """Merge an adapter of `scale_lora_linear` in place, W *= B A: see `perp_kernels.ops.merge`."""
         A, B = as_tensor(A).detach(), as_tensor(B).detach()
         check_adapter(self, A, B)
-        mul_lowrank_(self.values.detach(), self.index, self.row_ptr, self.layout, self.shape, A, B)
+        w = self.canonical()
+        mul_lowrank_(w.values.detach(), w.index, w.row_ptr, w.layout, w.shape, A, B)
+        if self.layout == TILED24:
+            self.values.detach().copy_(tile_values(w.values))
         return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SparseWeight:
         """This weight on another device or with values of another dtype; components already so are shared."""
+        if self.layout == TILED24 and dtype is not None:
+            check_tileable(self.shape, dtype, "semi24")
         row_ptr = None if self.row_ptr is None else self.row_ptr.to(device=device)
         values = self.values.to(device=device, dtype=dtype)
         return SparseWeight(values, self.index.to(device=device), row_ptr, self.shape, self.layout)
@@ -128,12 +179,14 @@ class SparseWeight:
 def pack(weight: Any, mask: Any, layout: str = "bitmap") -> SparseWeight:
     """Pack `weight` [N, K] or [E, N, K] under a bool mask of the same shape, True = kept.
 
+    `layout` is one of `LAYOUTS`, or "tiled24": what `prepare` makes of the layout semi24, without the way round.
+
     The components are new tensors; what `weight` holds where the mask is False is dropped, NaN included. Raises
     ValueError where the layout cannot hold the mask: semi24 keeps exactly two of each four consecutive inputs.
     """
     weight, mask = as_tensor(weight), as_tensor(mask)
-    if layout not in LAYOUTS:
-        raise ValueError(f'There is no layout "{layout}": choose one of {", ".join(LAYOUTS)}.')
+    if layout not in (*LAYOUTS, TILED24):
+        raise ValueError(f'There is no layout "{layout}": choose one of {", ".join((*LAYOUTS, TILED24))}.')
     if weight.dtype not in DTYPES:
         raise TypeError(f"A weight is float32, bfloat16, float16 or float64, not {weight.dtype}.")
     if weight.dim() not in (2, 3) or weight.shape[-1] == 0:
@@ -142,8 +195,11 @@ def pack(weight: Any, mask: Any, layout: str = "bitmap") -> SparseWeight:
         raise ValueError(f"A mask is bool {list(weight.shape)} like its weight, not {mask.dtype} {list(mask.shape)}.")
     K = weight.shape[-1]
     rows, kept = weight.detach().reshape(-1, K), mask.reshape(-1, K)
-    if layout == "semi24":
+    if layout in ("semi24", TILED24):
         _check_semi24(kept)
+    if layout == TILED24:
+        check_tileable(tuple(weight.shape), weight.dtype, "semi24")
+        return SparseWeight(*_pack.tiled24_pack(rows, pack_bits(kept)), None, tuple(weight.shape), layout)
     values, index, row_ptr = _pack.pack(rows, pack_bits(kept), layout)
     return SparseWeight(values, index, row_ptr, tuple(weight.shape), layout)
 
@@ -169,6 +225,16 @@ def _validate(weight: SparseWeight) -> None:
         if not condition:
             raise ValueError(f"Not a packed weight of layout {layout} and shape {list(weight.shape)}: {rule}.")
 
+    if layout == TILED24:
+        check_tileable(weight.shape, weight.dtype, "semi24")
+        P, K = padded_rows(weight.shape[0]), weight.shape[1]
+        need(values.shape == (P, K // 2), f"values are [{P}, {K // 2}]")
+        need(index.dtype == torch.uint8 and index.shape == (P, K // 8), f"index is uint8 [{P}, {K // 8}]")
+        restored = weight.canonical()
+        _validate(restored)
+        again = restored.prepare()
+        need(bool((again.index == index).all()), "rows past the last keep positions 0 and 1")
+        return
     need(layout in LAYOUTS, f"the layout is one of {', '.join(LAYOUTS)}")
     need(len(weight.shape) in (2, 3) and weight.shape[-1] > 0, "the shape is [N, K] or [E, N, K], K at least 1")
     K, R = weight.shape[-1], math.prod(weight.shape[:-1])

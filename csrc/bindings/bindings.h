@@ -14,6 +14,7 @@ namespace perp {
 
 using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
 
+void bind_cuda_index(pybind11::module_& m);
 void bind_gram(pybind11::module_& m);
 void bind_pack(pybind11::module_& m);
 void bind_select(pybind11::module_& m);

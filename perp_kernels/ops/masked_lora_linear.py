@@ -27,10 +27,11 @@ from torch.autograd.function import once_differentiable
 
 from perp_kernels.arrays import as_optional_tensor, as_tensor
 from perp_kernels.layouts import SparseWeight
-from perp_kernels.ops import _adapted
+from perp_kernels.ops import _adapted, tiled24
 from perp_kernels.ops._arguments import check_adapter, check_linear, wants_gradient
 from perp_kernels.ops._library import define
 from perp_kernels.ops._rows import linear_fake
+from perp_kernels.ops._tiled24 import TILED24
 
 _forward_op = define(
     "masked_lora_linear(Tensor x, Tensor values, Tensor index, Tensor? row_ptr, str layout, SymInt[] shape, Tensor A, "
@@ -98,6 +99,8 @@ def masked_lora_linear(
     bias, offsets = as_optional_tensor(bias), as_optional_tensor(offsets)
     check_linear(x, w, bias, offsets)
     check_adapter(w, A, B)
+    if w.layout == TILED24:
+        return tiled24.lora_linear(x, w, A, B, float(scale), bias)
     if wants_gradient(x, A, B, bias):
         return _MaskedLoraLinear.apply(
             x, A, B, bias, float(scale), w.values, w.index, w.row_ptr, w.layout, w.shape, offsets

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from perp_kernels import dispatch
 from perp_kernels.ops._rows import clear_pruned_
+from perp_kernels.ops._tiled24 import tile_index, tile_values
 from perp_kernels.ops.bits import bits_to_semi24, unpack_mask_rows
 
 
@@ -36,3 +37,16 @@ dispatch.register("pack", "reference", _reference)
 def pack(weight: Tensor, bits: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """The components of `weight` under the mask bits `bits`: see the contract above."""
     return dispatch.select("pack", weight, bits, layout)(weight, bits, layout)
+
+
+def _tiled24_reference(weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    values, index, _ = pack(weight, bits, "semi24")
+    return tile_values(values), tile_index(index)
+
+
+dispatch.register("tiled24_pack", "reference", _tiled24_reference)
+
+
+def tiled24_pack(weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """values and index in the order tiled24 of a 16-bit weight [N, K], K % 64 == 0, of which each four keep two."""
+    return dispatch.select("tiled24_pack", weight, bits)(weight, bits)

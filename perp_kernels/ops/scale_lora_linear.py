@@ -86,6 +86,7 @@ def scale_lora_linear(x: Any, w: SparseWeight, A: Any, B: Any, bias: Any = None,
     bias, offsets = as_optional_tensor(bias), as_optional_tensor(offsets)
     check_linear(x, w, bias, offsets)
     check_adapter(w, A, B)
+    w = w.canonical()
     if wants_gradient(x, A, B, bias):
         return _ScaleLoraLinear.apply(x, A, B, bias, w.values, w.index, w.row_ptr, w.layout, w.shape, offsets)
     return _forward_op(x, w.values, w.index, w.row_ptr, w.layout, w.shape, A, B, bias, offsets)

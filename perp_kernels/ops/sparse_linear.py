@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from perp_kernels.arrays import as_optional_tensor, as_tensor
 from perp_kernels.layouts import SparseWeight
-from perp_kernels.ops import _walk
+from perp_kernels.ops import _walk, tiled24
 from perp_kernels.ops._arguments import check_linear, wants_gradient
 from perp_kernels.ops._library import define, serve, unwatched
 from perp_kernels.ops._rows import PackedRows, accumulation_dtype, linear_fake, row_chunks
+from perp_kernels.ops._tiled24 import TILED24
 from perp_kernels.ops._walk import Tile
 
 
@@ -199,6 +200,8 @@ def sparse_linear(x: Any, w: SparseWeight, bias: Any = None, offsets: Any = None
     """y = x W^T + bias for a packed W: see the contract above."""
     x, bias, offsets = as_tensor(x), as_optional_tensor(bias), as_optional_tensor(offsets)
     check_linear(x, w, bias, offsets)
+    if w.layout == TILED24:
+        return tiled24.linear(x, w, bias)
     if wants_gradient(x, w.values, bias):
         return _SparseLinear.apply(x, w.values, bias, w.index, w.row_ptr, w.layout, w.shape, offsets)
     if unwatched(x, w.values, bias):

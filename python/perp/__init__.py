@@ -23,6 +23,7 @@ _PUBLIC = {
     "RefineSettings": "perp.refine:RefineSettings",
     "ReconstructSettings": "perp.reconstruct:ReconstructSettings",
     "SparseLinear": "perp.linear:SparseLinear",
+    "prepare": "perp.linear:prepare",
     "swap_linears": "perp.linear:swap_linears",
     "unswap": "perp.linear:unswap",
     "attach": "perp.adapters:attach",

@@ -17,7 +17,7 @@ from rich.text import Text
 import perp
 import perp_kernels
 from perp import demo
-from perp_kernels import cpu
+from perp_kernels import cpu, cuda
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "triton", "cupy")
 # Distribution, what it is for, how to get it; they are not needed to prune.
@@ -73,6 +73,7 @@ def _machine() -> dict[str, str]:
         "cores": f"{usable} usable of {psutil.cpu_count()}, {torch.get_num_threads()} threads in torch",
         "features": features or "none of those the kernels use",
         "CPU kernels": f"{cpu.active_path()} path" if cpu.available else f"plain torch ({cpu.why})",
+        "CUDA kernels": cuda.active(),
         "memory": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available",
     }
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -87,6 +88,36 @@ class SparseLinear(nn.Module):
             return MODES[self.mode].effective(self.sparse_weight, self.lora_A, self.lora_B, self.scale)
         return self.sparse_weight.unpack()
 
+    def prepare_(self) -> SparseLinear:
+        """Bring a semi24 weight into the order that sparse tensor cores read, in place of its own; see
+        `pk.SparseWeight.prepare`, whose errors these are. `state_dict` still gives the canonical form, and takes it."""
+        return self._hold(self.sparse_weight.prepare())
+
+    def restore_(self) -> SparseLinear:
+        """The inverse of `prepare_`, to the bit."""
+        return self._hold(self.sparse_weight.canonical())
+
+    def _hold(self, weight: pk.SparseWeight) -> SparseLinear:
+        if weight.layout != self.layout:
+            self.values = nn.Parameter(weight.values, requires_grad=False)
+            self.index = nn.Parameter(weight.index, requires_grad=False)
+            self.layout = weight.layout
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout == pk.TILED24:
+            weight = self.sparse_weight.canonical()
+            destination[f"{prefix}values"], destination[f"{prefix}index"] = weight.values, weight.index
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        names = f"{prefix}values", f"{prefix}index"
+        if self.layout == pk.TILED24 and all(name in state_dict for name in names):
+            values, index = (state_dict[name] for name in names)
+            weight = pk.SparseWeight(values, index, None, self.shape, "semi24").prepare()
+            state_dict[names[0]], state_dict[names[1]] = weight.values, weight.index
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x [..., in_features] in the dtype of `values` -> [..., out_features].
 
@@ -139,6 +170,21 @@ def _check_swap(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             )
         if owners[id(linear.weight)] > 1:
             raise UserError(f"the weight of {name} is tied to another module; a tied weight cannot be pruned.")
+
+
+def prepare(model: nn.Module) -> list[str]:
+    """Bring every 2:4 layer of `model` that can be into the order that sparse tensor cores read, in place; the names.
+
+    Worth it where `perp doctor` lists CUDA kernels: elsewhere each call restores the canonical form. Layers of other
+    layouts, of other dtypes than bfloat16 and float16, or whose inputs are no multiple of 64, stay as they are.
+    """
+    prepared = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLinear) and layer.layout == "semi24":
+            with contextlib.suppress(ValueError, TypeError):
+                layer.prepare_()
+                prepared.append(name)
+    return prepared
 
 
 def unswap(model: nn.Module, keep_open: bool = False) -> list[str]:

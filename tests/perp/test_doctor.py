@@ -22,6 +22,8 @@ def test_versions_machine_and_every_op_are_told():
     for op, (backend, _) in perp_kernels.active().items():
         assert any(line.split()[:2] == [op, backend] for line in told.splitlines())
     assert "GPU" in told
+    assert "CUDA kernels" in told
+    assert perp_kernels.cuda.active() in " ".join(told.split())
 
 
 def test_what_is_missing_comes_with_its_command(monkeypatch):

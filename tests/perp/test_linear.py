@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import perp
 import perp_kernels as pk
 from perp import adapters
 from perp.errors import UserError
@@ -251,3 +252,67 @@ def test_unswap_refuses_unmerged_adapters() -> None:
     with pytest.raises(UserError, match=r"layers\.1\.0 still carries its mask_lora adapter"):
         unswap(net)
     assert isinstance(net.layers[0][0], SparseLinear)
+
+
+def two_to_four(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, SparseLinear]:
+    torch.manual_seed(0)
+    linear, mask = nn.Linear(64, 70).to(dtype), two_of_four(70, 64)
+    return torch.where(mask, linear.weight.detach(), 0), SparseLinear.from_linear(linear, mask, "semi24")
+
+
+def test_a_prepared_layer_computes_saves_and_unswaps_as_before():
+    weight, sparse = two_to_four()
+    x, saved = torch.randn(3, 64).bfloat16(), copy.deepcopy(sparse.state_dict())
+    expected = sparse(x)
+    sparse.prepare_()
+    assert sparse.layout == pk.TILED24
+    assert sparse.values.shape == (128, 32)
+    assert torch.equal(sparse(x), expected)
+    assert torch.equal(sparse.to_linear().weight, weight)
+    for name, tensor in sparse.state_dict().items():
+        assert torch.equal(tensor, saved[name])
+    assert torch.equal(copy.deepcopy(sparse)(x), expected)
+    sparse.restore_()
+    assert sparse.layout == "semi24"
+    assert torch.equal(sparse.values, saved["values"])
+
+
+def test_a_prepared_layer_takes_a_canonical_state():
+    _, sparse = two_to_four()
+    other = copy.deepcopy(sparse).prepare_()
+    with torch.no_grad():
+        other.values.fill_(3.0)
+    state = sparse.state_dict()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    other.load_state_dict(state)
+    assert torch.equal(other.weight, sparse.weight)
+    assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+
+
+def test_prepare_takes_the_layers_that_have_the_order():
+    model = nn.ModuleDict(
+        {"fits": two_to_four()[1], "wide": two_to_four(torch.float32)[1], "other": layer("bitmap")[2]}
+    )
+    model["short"] = layer("semi24", torch.bfloat16)[2]  # 24 inputs
+    assert perp.prepare(model) == ["fits"]
+    assert [model[name].layout for name in model] == [pk.TILED24, "semi24", "bitmap", "semi24"]
+    assert perp.prepare(model) == []
+
+
+def test_adapters_train_beside_a_prepared_weight():
+    _, sparse = two_to_four()
+    x = torch.randn(5, 64).bfloat16()
+    results = []
+    for one in (copy.deepcopy(sparse), sparse.prepare_()):
+        torch.manual_seed(1)
+        net = nn.Sequential(one)
+        adapters.attach(net, r=4)
+        with torch.no_grad():
+            one.lora_B.normal_()
+        y = net(x)
+        y.sum().backward()
+        gradient = one.lora_A.grad
+        adapters.merge(net)
+        results.append([y, gradient, one.weight])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
