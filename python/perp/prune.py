@@ -37,8 +37,8 @@ from perp_kernels import Pattern
 class Pruned:
     """What pruning a model gave.
 
-    `masks`: by qualified name of the linear, bool [out, in] on the CPU, True = kept. `losses`: by name of the unit, of
-    those that were reconstructed. `seconds`: wall-clock time.
+    `masks`: by qualified name of the linear, bool [out, in] ([experts, out, in]) on the CPU, True = kept. `losses`: by
+    name of the unit, of those that were reconstructed. `seconds`: wall-clock time.
     """
 
     masks: dict[str, Tensor]
@@ -160,7 +160,8 @@ class _Job:
             return
         # Units that follow each other end with the block; parallel ones have to be put together by the block itself.
         chained = parts[-1].end is None
-        after = list(outputs(whole, flow.taught, arguments)) if flow.keeps_targets and not chained else None
+        joined = flow.keeps_targets and not chained and not last
+        after = list(outputs(whole, flow.taught, arguments)) if joined else None
         statistics, targets = self._observe(parts, arguments)
         for unit in parts:
             if unit.follows:
