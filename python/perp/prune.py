@@ -37,8 +37,8 @@ from perp_kernels import Pattern
 class Pruned:
     """What pruning a model gave.
 
-    `masks`: by qualified name of the linear, bool [out, in] ([experts, out, in]) on the CPU, True = kept. `losses`: by
-    name of the unit, of those that were reconstructed. `seconds`: wall-clock time.
+    `masks`: by qualified name of the linear, bool [out, in] on the CPU, True = kept. `losses`: by name of the unit, of
+    those that were reconstructed. `seconds`: wall-clock time.
     """
 
     masks: dict[str, Tensor]
