@@ -34,6 +34,7 @@ _PUBLIC = {
     "load_adapters": "perp.adapter_files:load",
     "RetrainSettings": "perp.retrain:RetrainSettings",
     "retrain_model": "perp.retrain:retrain",
+    "prune_retrain": "perp.iterate:prune_retrain",
     "Teacher": "perp.distil:Teacher",
     "save": "perp.checkpoints:save",
     "load_masks": "perp.checkpoints:load_masks",

@@ -175,7 +175,8 @@ class _Job:
             return
         # Units that follow each other end with the block; parallel ones have to be put together by the block itself.
         chained = parts[-1].end is None
-        after = list(outputs(whole, flow.taught, arguments)) if flow.keeps_targets and not chained else None
+        joined = flow.keeps_targets and not chained and not last
+        after = list(outputs(whole, flow.taught, arguments)) if joined else None
         statistics, targets = self._observe(parts, arguments)
         for unit in parts:
             if unit.follows:
