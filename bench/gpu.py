@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("there is no GPU that torch sees: run this where there is one.", file=sys.stderr)
         return 2
     gpu_tests = {name: op.gpu_tests for name, op in registry.load().items() if op.gpu_cases}
-    gpu_tests[MODEL] = tuple({*gpu_tests["gram_"], *gpu_tests["sparsegpt"]})
+    gpu_tests[MODEL] = tuple(dict.fromkeys([*gpu_tests["gram_"], *gpu_tests["sparsegpt"]]))
     chosen = _named(options.ops, gpu_tests)
     if chosen is None:
         print(f"there is no op among {options.ops!r}: choose of {', '.join(gpu_tests)}.", file=sys.stderr)

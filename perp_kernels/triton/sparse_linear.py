@@ -52,7 +52,7 @@ def few_tokens_kernel(
     for column in range(first, end, BK):
         weight, start = read_tile(values, byte, start, LAYOUT, BN, BK)
         # The values' addresses wait for these bytes: asked for a tile ahead, they are there.
-        byte = index_tile(index, rows, inside & (column + BK < end), column + BK, width, BK)
+        byte = index_tile(index, rows, inside, column + BK, width, BK)
         k = column + tl.arange(0, BK)
         if TOKENS == 1:
             x_row = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
