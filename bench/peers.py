@@ -110,8 +110,8 @@ def sparsegpt_block(W: Tensor, U: Tensor, pattern: Pattern) -> tuple[Tensor, Ten
 
 
 def swap_round(weight: Tensor, mask: Tensor, correlation: Tensor, H: Tensor, group: int | None = None) -> None:
-    """A round of SparseSwaps (arXiv 2512.10922) in place: the changes of the loss by all pairs of a row, or of its groups
-    of so many columns, and the trade of the best pair where it is negative. The first three are [N, K], H [K, K]."""
+    """A round of SparseSwaps (arXiv 2512.10922) in place: the changes of the loss by all pairs of a row, or of its
+    groups of so many columns, and the trade of the best pair where it is negative. H [K, K], the others [N, K]."""
     K = weight.shape[1]
     size = group or K
     blocks = H.view(K // size, size, K // size, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
