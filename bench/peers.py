@@ -134,21 +134,25 @@ def sparsegpt_block(W: Tensor, U: Tensor, pattern: Pattern) -> tuple[Tensor, Ten
 
 
 def swap_round(weight: Tensor, mask: Tensor, correlation: Tensor, H: Tensor, group: int | None = None) -> None:
-    """A round of SparseSwaps (arXiv 2512.10922) in place: for each row the changes of the loss by all pairs, and the
-    trade of the best where it is negative. weight, mask, correlation [N, K], H [K, K]; pairs within `group` columns."""
+    """A round of SparseSwaps (arXiv 2512.10922) in place: the changes of the loss by all pairs of a row, or of its
+    groups of so many columns, and the trade of the best pair where it is negative. H [K, K], the others [N, K]."""
     K = weight.shape[1]
-    columns = torch.arange(K)
-    apart = False if group is None else columns[:, None] // group != columns // group
+    size = group or K
+    blocks = H.view(K // size, size, K // size, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     diagonal = H.diagonal()
-    for w, kept, c in zip(weight, mask, correlation, strict=True):
-        u, p = (2 * w * c + w**2 * diagonal)[:, None], (w**2 * diagonal - 2 * w * c)[None, :]
-        changes = u + p - 2 * torch.outer(w, w) * H
-        changes.masked_fill_(~kept[:, None] | kept[None, :] | apart, torch.inf)
-        best = int(changes.argmin())
-        if changes.view(-1)[best] < 0:
-            u_place, p_place = divmod(best, K)
-            kept[u_place], kept[p_place] = False, True
-            c += w[u_place] * H[u_place] - w[p_place] * H[p_place]
+    # All pairs of a whole row fill a matrix; pairs within groups are few enough for all rows at once.
+    step = len(weight) if group else 1
+    for first in range(0, len(weight), step):
+        w, kept, c = (tensor[first : first + step] for tensor in (weight, mask, correlation))
+        u, p = (w**2 * diagonal + 2 * w * c, w**2 * diagonal - 2 * w * c)
+        u, p = u.masked_fill(~kept, torch.inf), p.masked_fill(kept, torch.inf)
+        u, p, parts = (tensor.view(len(w), K // size, size) for tensor in (u, p, w))
+        changes = u[..., None] + p[:, :, None] - 2 * parts[..., None] * parts[:, :, None] * blocks
+        best, place = changes.flatten(1).min(1)
+        (rows,) = (best < 0).nonzero(as_tuple=True)
+        u_place, p_place = place[rows] // size, place[rows] // size // size * size + place[rows] % size
+        kept[rows, u_place], kept[rows, p_place] = False, True
+        c[rows] += w[rows, u_place, None] * H[u_place] - w[rows, p_place, None] * H[p_place]
 
 
 def masked_refit(weight: Tensor, mask: Tensor, H: Tensor, damp: float) -> Tensor:

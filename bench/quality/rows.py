@@ -30,7 +30,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Row:
-    """One model: pruned (`method` at `pattern`), its units reconstructed, then retrained; each of these or not.
+    """One model: pruned (`method` at `pattern`, shares of zeros by `allocate`), its masks refined, its kept weights
+    refitted, its units reconstructed, then retrained; each of these or not.
 
     start: the row whose model this one continues, instead of the dense model.
     """
@@ -39,6 +40,9 @@ class Row:
     label: str
     method: str | None = None
     pattern: str | None = None
+    allocate: str = "uniform"
+    refine: str | None = None
+    refit: bool = False
     granularity: str = "half-block"
     reconstruct: Training | None = None
     retrain: Training | None = None
@@ -64,6 +68,10 @@ class Row:
         own = asdict(self)
         for described in ("name", "label", "anchor"):
             del own[described]
+        # Left out where they say nothing, so that what was measured before they were is still what is described.
+        for name, nothing in (("allocate", "uniform"), ("refine", None), ("refit", False)):
+            if own[name] == nothing:
+                del own[name]
         return {**own, "start": ROWS[self.start]._choices() if self.start else None}
 
 
@@ -101,6 +109,26 @@ _ALL = (
     Row("wanda-60", "Wanda 60 %", "wanda", "0.6", anchor=Anchor(90.296, 115.054, 71)),
     Row(WANDA_24, "Wanda 2:4", "wanda", "2:4", anchor=Anchor(121.0, 162.596, 74)),
     Row("sparsegpt-2:4", "SparseGPT 2:4", "sparsegpt", "2:4", anchor=Anchor(50.407, 94.841, 120)),
+    Row("ria-60", "RIA 60 %", "ria", "0.6"),
+    Row("ria-2:4", "RIA 2:4", "ria", "2:4"),
+    Row("wanda-60-matrix", "Wanda 60 % per matrix", "wanda", "0.6/matrix"),
+    Row("wanda-60-owl", "Wanda 60 %, OWL", "wanda", "0.6", allocate="owl"),
+    *(
+        Row(f"wanda-{short}-{method}", f"Wanda {pattern} + {name}", "wanda", text, refine=method)
+        for short, pattern, text in (("60", "60 %", "0.6"), ("2:4", "2:4", "2:4"))
+        for method, name in (("sparseswaps", "SparseSwaps"), ("sparsefw", "SparseFW"))
+    ),
+    Row("wanda-2:4-refit", "Wanda 2:4 + refit", "wanda", "2:4", refit=True),
+    Row("wanda-2:4-swaps-refit", "Wanda 2:4 + SparseSwaps + refit", "wanda", "2:4", refine="sparseswaps", refit=True),
+    Row(
+        "wanda-2:4-swaps-refit-half",
+        "Wanda 2:4 + SparseSwaps + refit + half-block reconstruction",
+        "wanda",
+        "2:4",
+        refine="sparseswaps",
+        refit=True,
+        reconstruct=Training(KEPT_AND_NORMS, 3e-3),
+    ),
     Row(
         "wanda-2:4-half",
         "Wanda 2:4 + half-block reconstruction",

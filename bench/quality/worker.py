@@ -78,6 +78,9 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
             and perp.ReconstructSettings(parts=set(row.reconstruct.parts), lr=row.reconstruct.lr),
             granularity=row.granularity,
             progress=progress,
+            refine=perp.RefineSettings(row.refine) if row.refine else None,
+            refit=row.refit,
+            allocate=row.allocate,
         ).masks
     if row.retrain:
         perp.swap_linears(model, masks or _everything(model))

@@ -81,3 +81,35 @@ def test_sparsegpt_of_the_last_column_is_the_exact_least_squares_step() -> None:
     new, mask = peers.sparsegpt(weight, H, Pattern.parse("0.5"), damp=0.0)
     assert mask.tolist() == [[False, True]]
     torch.testing.assert_close(new[0, 1], weight[0, 1] + weight[0, 0] * H[0, 1] / H[1, 1])
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_a_round_of_swaps_lowers_the_loss_by_the_best_pair(group: int | None) -> None:
+    weight, x = normal(5, 16), normal(40, 16, seed=1)
+    H, mask = x.T @ x, torch.arange(16).expand(5, 16) % 4 < 2
+    before, correlation = mask.clone(), weight.masked_fill(mask, 0) @ H
+    mask = mask.clone()
+    peers.swap_round(weight, mask, correlation, H, group)
+
+    def loss(row: int, kept: torch.Tensor) -> float:
+        residual = weight[row].masked_fill(kept, 0)
+        return float(residual @ H @ residual)
+
+    for row in range(5):
+        losses = [loss(row, before[row])]
+        for u in before[row].nonzero().flatten().tolist():
+            for p in (~before[row]).nonzero().flatten().tolist():
+                if group is None or u // group == p // group:
+                    traded = before[row].clone()
+                    traded[u], traded[p] = False, True
+                    losses.append(loss(row, traded))
+        assert loss(row, mask[row]) == pytest.approx(min(losses))
+    torch.testing.assert_close(correlation, weight.masked_fill(mask, 0) @ H)
+
+
+def test_refit_solves_the_normal_equations_of_each_row() -> None:
+    weight, x = normal(5, 16), normal(40, 16, seed=1)
+    mask = normal(5, 16, seed=2) > 0
+    new = peers.masked_refit(weight, mask, x.T @ x, 0.0)
+    assert not new[~mask].any()
+    assert ((weight - new) @ x.T @ x)[mask].abs().max() < 1e-9

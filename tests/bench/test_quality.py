@@ -110,7 +110,9 @@ def test_validation_sees_no_window_that_is_reported(protocol: Protocol) -> None:
     assert all(not bool((windows[:, None] == validation["validation"]).all(-1).any()) for windows in reported.values())
 
 
-@pytest.mark.parametrize("name", ["sparsegpt-2:4", "magnitude-50-half", "wanda-2:4-block-1e-3", "dense-mask-lora"])
+@pytest.mark.parametrize(
+    "name", ["sparsegpt-2:4", "wanda-2:4-swaps-refit", "magnitude-50-half", "wanda-2:4-block-1e-3", "dense-mask-lora"]
+)
 def test_rows_make_the_models_they_name(name: str, protocol: Protocol) -> None:
     found = execute(job(ROWS[name], protocol), Silent())
     assert found["zeros"] == (0 if name.startswith("dense") else pytest.approx(0.5, abs=0.01))
