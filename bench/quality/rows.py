@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bench.quality.protocol import Protocol
+from perp import settings
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,16 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Training:
-    """Which parts are trained, at which peak learning rate."""
+    """Which parts are trained, at which peak learning rate.
+
+    epochs: passes over the windows, of reconstruction. distil, precision: of retraining (`perp.RetrainSettings`).
+    """
 
     parts: tuple[str, ...]
     lr: float
+    epochs: int = 3
+    distil: float = 0.0
+    precision: str = "model"
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class Row:
     """One model: pruned (`method` at `pattern`, shares of zeros by `allocate`), its masks refined, its kept weights
     refitted, its units reconstructed, then retrained; each of these or not.
 
-    start: the row whose model this one continues, instead of the dense model.
+    start: the row whose model this one continues, instead of the dense model. windows: how many calibrate, instead of
+    the protocol's; they are then among those that retraining sees, so that the row has no more data than that.
     """
 
     name: str
@@ -47,6 +55,7 @@ class Row:
     reconstruct: Training | None = None
     retrain: Training | None = None
     start: str | None = None
+    windows: int | None = None
     anchor: Anchor | None = None
 
     def at_rate(self, lr: float) -> Row:
@@ -69,9 +78,14 @@ class Row:
         for described in ("name", "label", "anchor"):
             del own[described]
         # Left out where they say nothing, so that what was measured before they were is still what is described.
-        for name, nothing in (("allocate", "uniform"), ("refine", None), ("refit", False)):
+        for name, nothing in (("allocate", "uniform"), ("refine", None), ("refit", False), ("windows", None)):
             if own[name] == nothing:
                 del own[name]
+        plain = asdict(Training((), 0.0))
+        for training in filter(None, (own["reconstruct"], own["retrain"])):
+            for name in ("epochs", "distil", "precision"):
+                if training[name] == plain[name]:
+                    del training[name]
         return {**own, "start": ROWS[self.start]._choices() if self.start else None}
 
 
@@ -179,4 +193,18 @@ _ALL = (
         anchor=Anchor(29.861, 55.075, 934),
     ),
 )
-ROWS = {row.name: row for row in _ALL}
+_BEST = tuple(
+    Row(
+        f"best-{pattern}",
+        f"perp run --best, {pattern}",
+        settings.BEST["method"],
+        pattern,
+        windows=settings.BEST["windows"],
+        reconstruct=Training(KEPT_AND_NORMS, 3e-3, epochs=settings.BEST["epochs"]),
+        retrain=Training(
+            (*MASK_LORA, *NORMS), 2e-3, distil=settings.BEST["distil"], precision=settings.BEST["precision"]
+        ),
+    )
+    for pattern in ("0.5", "0.6", "0.7", "4:8", "2:4")
+)
+ROWS = {row.name: row for row in (*_ALL, *_BEST)}

@@ -21,6 +21,7 @@ from bench.results import write_json
 from perp import machine, manifest
 from perp.blocks import all_prunable
 from perp.progress import Progress, choose
+from perp.retrain import drawn
 
 CALIBRATION_SEED, TRAINING_SEED = 0, 1
 STAGES = "all stages"
@@ -44,7 +45,7 @@ class Job:
         row = dict(content["row"], anchor=None)
         for stage in ("reconstruct", "retrain"):
             if row[stage]:
-                row[stage] = Training(tuple(row[stage]["parts"]), row[stage]["lr"])
+                row[stage] = Training(**{**row[stage], "parts": tuple(row[stage]["parts"])})
         return cls(
             Row(**row),
             Protocol(**content["protocol"]),
@@ -65,34 +66,41 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
     masks = perp.load_masks(job.start) if job.start else {}
     windows = protocol.training_windows(tokenizer)
     judged = protocol.judged_windows(tokenizer, job.validate)
+    training = row.retrain and perp.RetrainSettings(
+        parts=set(row.retrain.parts),
+        lr=row.retrain.lr,
+        steps=protocol.steps,
+        batch=protocol.batch,
+        seed=TRAINING_SEED,
+        checkpointing=False,  # the same gradients a quarter sooner, in 2 GB more
+        distil=row.retrain.distil,
+        precision=row.retrain.precision,
+    )
+    if training and row.windows:
+        windows = windows[torch.cat(drawn(len(windows), training))]
     retrained = 0.0
 
     started = time.monotonic()
+    teacher = perp.Teacher(model, windows, weight=training.distil) if training and training.distil else None
     if row.method:
         masks = perp.prune_model(
             model,
-            perp.sample(windows, protocol.windows, CALIBRATION_SEED),
+            perp.sample(windows, row.windows or protocol.windows, CALIBRATION_SEED),
             row.method,
             row.pattern,
             reconstruct=row.reconstruct
-            and perp.ReconstructSettings(parts=set(row.reconstruct.parts), lr=row.reconstruct.lr),
+            and perp.ReconstructSettings(
+                parts=set(row.reconstruct.parts), lr=row.reconstruct.lr, epochs=row.reconstruct.epochs
+            ),
             granularity=row.granularity,
             progress=progress,
             refine=perp.RefineSettings(row.refine) if row.refine else None,
             refit=row.refit,
             allocate=row.allocate,
         ).masks
-    if row.retrain:
+    if training:
         perp.swap_linears(model, masks or _everything(model))
-        settings = perp.RetrainSettings(
-            parts=set(row.retrain.parts),
-            lr=row.retrain.lr,
-            steps=protocol.steps,
-            batch=protocol.batch,
-            seed=TRAINING_SEED,
-            checkpointing=False,  # the same gradients a quarter sooner, in 2 GB more
-        )
-        perp.retrain_model(model, windows, settings, progress)
+        perp.retrain_model(model, windows, training, progress, teacher)
         trained, total = perp.count_trainable(model)
         retrained = trained / total
         perp.merge(model)

@@ -119,6 +119,15 @@ def test_a_refined_and_refitted_run_tells_of_every_linear(model, text, tmp_path)
     assert pruned / sum(counts["total"] for counts in manifest["sparsity"].values()) == pytest.approx(0.6, abs=0.04)
 
 
+def test_the_best_gives_way_to_what_is_said(model, text, tmp_path):
+    out = tmp_path / "out"
+    result = call("run", model, "--best", "--pattern", "2:4", "--method", "wanda", "--data", text, "--out", out, *SMALL)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((out / "perp.json").read_text())["settings"]
+    assert (settings["method"], settings["windows"]) == ("wanda", 2)
+    assert (settings["distil"], settings["precision"]) == (0.5, "bf16")
+
+
 @pytest.mark.parametrize("recovery", [["--retrain", "none"], ["--retrain", "lora", "--keep-adapters", "--lr", "0.1"]])
 def test_eval_agrees_with_the_run_that_saved_the_model(model, text, tmp_path, recovery):
     out = tmp_path / "out"

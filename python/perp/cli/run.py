@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 
 from perp.cli.application import (
@@ -24,6 +25,7 @@ from perp.cli.application import (
     TrustRemoteCode,
     command,
     count,
+    given,
     names,
     option,
     progress_of,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 @command("perp run demo --pattern 2:4 --data demo --out runs/smaller")
 def run(
+    context: typer.Context,
     model: Model,
     *,
     pattern: Annotated[
@@ -63,6 +66,15 @@ def run(
     ] = None,
     refit: Annotated[
         bool, option("--refit", help="Fit each linear's kept weights to its dense output.", panel=PRUNING)
+    ] = False,
+    best: Annotated[
+        bool,
+        option(
+            "--best",
+            help="The best quality for the time: SparseGPT, half-blocks fitted to 96 windows once, MaskLoRA and norms "
+            "retrained in bf16 with distillation; options given beside it win.",
+            panel=PRUNING,
+        ),
     ] = False,
     cycles: Annotated[
         int, count("--cycles", help="Prune and retrain so many times, dividing the steps.", panel=PRUNING)
@@ -234,6 +246,7 @@ def run(
     --out becomes an ordinary Hugging Face directory with exact zeros where weights were pruned: any tool loads it
     without perp. Its perp.json tells how it was made. No article that is judged on is calibrated or trained on.
     """
+    from perp import settings
     from perp.run import run as run_job
     from perp.settings import RunSettings
 
@@ -281,6 +294,8 @@ def run(
         packed=packed,
         resume=resume,
     )
+    if best:
+        job = settings.best(job, given(context))
     started = time.monotonic()
     with progress_of(quiet) as progress:
         found = run_job(job, progress)
