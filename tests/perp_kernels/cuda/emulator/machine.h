@@ -96,10 +96,11 @@ class Machine {
       block.products.assign((threads + 127) / 128, {{}});
     }
     fibers_.resize(static_cast<std::size_t>(blocks) * threads);
+    const unsigned one_in = 4u << random() % 6;  // late threads wait for each other too: now many, now few
     for (std::size_t i = 0; i < fibers_.size(); ++i) {
       fibers_[i].block = static_cast<int>(i) / threads;
       fibers_[i].thread = static_cast<int>(i) % threads;
-      fibers_[i].late = random() % 8 == 0;
+      fibers_[i].late = random() % one_in == 0;
     }
   }
 
