@@ -38,12 +38,20 @@ def library() -> ctypes.CDLL:
     if not built.exists():
         with tempfile.TemporaryDirectory() as folder:
             fresh = Path(folder) / "emulate.so"
-            options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", '-DPERP_EMULATOR="instructions.h"']
+            options = [
+                "-std=c++20",
+                "-O1",
+                "-U_FORTIFY_SOURCE",
+                "-w",
+                "-shared",
+                "-fPIC",
+                '-DPERP_EMULATOR="instructions.h"',
+            ]
             command = [compiler, *options, "-I", HERE, "-I", SOURCES, HERE / "emulate.cpp", "-o", fresh]
             subprocess.run([str(part) for part in command], check=True)
             shutil.move(fresh, built)
     loaded = ctypes.CDLL(str(built))
-    loaded.emulate.restype = ctypes.c_char_p
+    loaded.emulate.restype = loaded.mistake.restype = ctypes.c_char_p
     return loaded
 
 

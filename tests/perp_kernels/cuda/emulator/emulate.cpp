@@ -1,7 +1,8 @@
-// The kernels of csrc/cuda, entry points and all, on the machine of machine.h: one C function, which Python calls.
+// The kernels of csrc/cuda, entry points and all, on the machine of machine.h, and the mistakes it has to find: C functions for Python.
 
 #include "host_device.h"
 #include "instructions.h"
+#include "mistakes.h"
 
 #include "semi24_pack.cu"
 #include "sm80_bf16_semi24_gemm.cu"
@@ -72,6 +73,19 @@ extern "C" const char* emulate(const char* name, int grid_x, int grid_y, int clu
     return nullptr;
   } catch (const std::exception& error) {
     message = std::string(name) + ": " + error.what();
+    return message.c_str();
+  }
+}
+
+// One of the kernels of mistakes.h, on 128 threads.
+extern "C" const char* mistake(const char* name, unsigned seed) {
+  try {
+    emulator::Machine machine(1, 128, mistakes::kShared, seed);
+    machine.buffers.emplace_back(reinterpret_cast<std::uintptr_t>(mistakes::device_memory), sizeof mistakes::device_memory);
+    machine.run(mistakes::kernels.at(name));
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
     return message.c_str();
   }
 }

@@ -9,6 +9,7 @@
 // each other is an error too.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -69,10 +70,11 @@ struct Block {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  ucontext_t context;  // to begin by; from then on it is left and entered by jumps, which need no system call
+  jmp_buf here;
+  bool begun = false;
   int block, thread;
-  bool done = false;
+  bool done = false, late = false;
   std::function<bool()> ready;  // empty: it can run
   const char* waits_for = "";
   std::vector<std::vector<Copy>> copies{{}};  // cp.async groups, the open one last
@@ -83,7 +85,7 @@ struct Fiber {
 class Machine {
  public:
   static constexpr std::uint32_t kBase = 1024 + 16;  // shared addresses do not start at 0, nor where a pattern does
-  static constexpr std::size_t kStack = 128 << 10;
+  static constexpr std::size_t kStack = 64 << 10;
 
   Machine(int blocks, int threads, int shared_bytes, unsigned seed) : random(seed), threads(threads), blocks_(blocks) {
     for (Block& block : blocks_) {
@@ -94,34 +96,37 @@ class Machine {
       block.products.assign((threads + 127) / 128, {{}});
     }
     fibers_.resize(static_cast<std::size_t>(blocks) * threads);
+    const unsigned one_in = 4u << random() % 6;  // late threads wait for each other too: now many, now few
     for (std::size_t i = 0; i < fibers_.size(); ++i) {
       fibers_[i].block = static_cast<int>(i) / threads;
       fibers_[i].thread = static_cast<int>(i) % threads;
+      fibers_[i].late = random() % one_in == 0;
     }
   }
 
   void run(const std::function<void()>& body) {
     body_ = &body;
     self = this;
-    for (Fiber& fiber : fibers_) {
-      fiber.stack = std::make_unique<char[]>(kStack);
+    // Kept from run to run, and not cleared: fresh memory for every thread would take longer than all else.
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    while (stacks.size() < fibers_.size()) stacks.emplace_back(new char[kStack]);
+    for (std::size_t i = 0; i < fibers_.size(); ++i) {
+      Fiber& fiber = fibers_[i];
       getcontext(&fiber.context);
-      fiber.context.uc_stack = {fiber.stack.get(), 0, kStack};
-      fiber.context.uc_link = &scheduler_;
+      fiber.context.uc_stack = {stacks[i].get(), 0, kStack};
       makecontext(&fiber.context, &Machine::enter, 0);
     }
     std::size_t left = fibers_.size();
     while (left > 0) {
       if (!bulks_.empty() && random() % 256 == 0) land();
       Fiber* next = pick();
-      if (next == nullptr) {
-        if (bulks_.empty()) fail(deadlock());
+      if (next == nullptr && bulks_.empty()) fail(deadlock());
+      if (!bulks_.empty() && (next == nullptr || (next->late && random() % 2))) {
         land();
         continue;
       }
-      current = next;
       next->ready = nullptr;
-      swapcontext(&scheduler_, &next->context);
+      resume(*next);
       if (!error_.empty()) fail(error_);
       if (next->done) {
         --left;
@@ -135,7 +140,7 @@ class Machine {
     if (ready() && random() % 4) return;  // now and then somebody else goes first all the same
     current->ready = std::move(ready);
     current->waits_for = what;
-    swapcontext(&current->context, &scheduler_);
+    if (_setjmp(current->here) == 0) _longjmp(scheduler_, 1);
   }
 
   // All of `count` threads meet; the last runs `act` before any goes on.
@@ -238,15 +243,28 @@ class Machine {
       self->error_ = "block " + std::to_string(self->current->block) + " thread " + std::to_string(self->current->thread) + ": " + error.what();
     }
     self->current->done = true;
+    _longjmp(self->scheduler_, 1);
   }
 
+  void resume(Fiber& fiber) {
+    current = &fiber;
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.begun) _longjmp(fiber.here, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+  }
+
+  // Some threads run only when all others wait: what is ordered by luck alone then comes in the wrong order.
   Fiber* pick() {
     const std::size_t start = random() % fibers_.size();
+    Fiber* last = nullptr;
     for (std::size_t i = 0; i < fibers_.size(); ++i) {
       Fiber& fiber = fibers_[(start + i) % fibers_.size()];
-      if (!fiber.done && (!fiber.ready || fiber.ready())) return &fiber;
+      if (fiber.done || (fiber.late && last != nullptr) || (fiber.ready && !fiber.ready())) continue;
+      if (!fiber.late) return &fiber;
+      last = &fiber;
     }
-    return nullptr;
+    return last;
   }
 
   void land() {
@@ -275,7 +293,7 @@ class Machine {
   std::vector<Block> blocks_;
   std::vector<Fiber> fibers_;
   std::vector<Bulk> bulks_;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   const std::function<void()>* body_ = nullptr;
   std::string error_;
 };

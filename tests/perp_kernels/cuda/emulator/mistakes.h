@@ -1,21 +1,23 @@
 // Small kernels, each of which makes one mistake that a GPU would not report.
 
+#pragma once
+
 #include "fragments.h"
 #include "ptx_sm90.cuh"
 
-namespace {
+namespace mistakes {
 
 using namespace perp;
 
 constexpr u32 kShared = 8192;
-alignas(16) unsigned char device_memory[64];
+alignas(16) inline unsigned char device_memory[64];
 
-void fill(u32 from, u32 bytes) {
+inline void fill(u32 from, u32 bytes) {
   for (u32 at = from + thread_index() * 4; at < from + bytes; at += block_threads() * 4) store_shared(at, 0.0f);
 }
 
 // 128 threads: the operands of one product, written and (or not) fenced.
-void product(bool fenced, u32 metadata) {
+inline void product(bool fenced, u32 metadata) {
   const u32 base = shared_memory();
   fill(base, 4096 + 16 * 128);
   if (fenced) async_proxy_fence();
@@ -27,7 +29,7 @@ void product(bool fenced, u32 metadata) {
   wgmma_wait<0>();
 }
 
-void overwritten() {
+inline void overwritten() {
   const u32 base = shared_memory();
   fill(base, 4096 + 16 * 128);
   async_proxy_fence();
@@ -40,7 +42,7 @@ void overwritten() {
   wgmma_wait<0>();
 }
 
-void barriers(const char* what) {
+inline void barriers(const char* what) {
   const u32 barrier = shared_memory();
   if (thread_index() == 0) mbarrier_init(barrier, 1);
   block_sync();
@@ -54,7 +56,7 @@ void barriers(const char* what) {
   if (*what == 'p' && thread_index() < 32) mbarrier_wait(barrier, 1);  // the phase after the one that completed
 }
 
-const std::map<std::string, std::function<void()>> kernels = {
+inline const std::map<std::string, std::function<void()>> kernels = {
     {"none", [] { product(true, 0x44444444); }},
     {"unfenced", [] { product(false, 0x44444444); }},
     {"metadata", [] { product(true, 0x44444454); }},
@@ -78,24 +80,10 @@ const std::map<std::string, std::function<void()>> kernels = {
        const u32 base = shared_memory();
        if (thread_index() == 0) {
          mbarrier_init(base, 1);
-         mbarrier_arrive_expect(base, 16 * 16);
-         for (int i = 1; i <= 16; ++i) bulk_copy(base + i * 16, device_memory, 16, base);
+         mbarrier_arrive_expect(base, 200 * 16);
+         for (int i = 1; i <= 200; ++i) bulk_copy(base + i * 16, device_memory, 16, base);
        }
      }},
 };
 
-std::string message;
-
-}  // namespace
-
-extern "C" const char* mistake(const char* name, unsigned seed) {
-  try {
-    emulator::Machine machine(1, 128, kShared, seed);
-    machine.buffers.emplace_back(reinterpret_cast<std::uintptr_t>(device_memory), sizeof device_memory);
-    machine.run(kernels.at(name));
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
+}  // namespace mistakes
