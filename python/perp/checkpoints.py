@@ -2,8 +2,7 @@
 
 OUT/                        what model.save_pretrained and the tokenizer write: any loader reads it without perp
 OUT/perp.json               the manifest
-OUT/perp/masks.safetensors  "LAYER.weight" -> uint8 [N, ceil(K/8)], bit j of byte i = column 8 i + j, 1 = kept;
-                            metadata: "perp-masks", a JSON object of version (1) and columns, "LAYER.weight" -> K
+OUT/perp/masks.safetensors  the masks: `perp.masks`
 OUT/perp/packed.safetensors the pruned linears packed, if asked for: `perp.packed`
 OUT/perp/staging/           only while saving
 """
@@ -11,32 +10,32 @@ OUT/perp/staging/           only while saving
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import perp_kernels as pk
 from perp import manifest as manifests
+from perp import masks as mask_files
 from perp import packed as packed_files
+from perp import shards
 from perp.blocks import find_blocks, prunable
 from perp.errors import UserError
+from perp.files import flush
 from perp.linear import SparseLinear
-from perp.models import check_finite, quiet
+from perp.lock import LOCK
+from perp.models import INDEX, WEIGHTS, check_finite, quiet, save_weights
+from perp.stages import Masks, Stage
+from perp.stream import Stream
 
 STAGING = Path("perp", "staging")
 MASKS = Path("perp", "masks.safetensors")
 PACKED = packed_files.PACKED
-# One metadata entry, since safetensors writes several in no fixed order and equal masks are to be equal files.
-MASK_FORMAT, MASK_VERSION = "perp-masks", 1
 
 # Top-level files of a model that loaders look for: what --overwrite takes away, even where the new model has none.
 _MODEL_FILES = (
@@ -111,17 +110,76 @@ def save(
         new = staging / "new"
         (new / MASKS).parent.mkdir(parents=True)
         _write_model(model, tokenizer, new)
-        _write_masks(masks, new / MASKS)
+        mask_files.write(masks, new / MASKS)
         if packed:
             _write_packed(model, masks, new / PACKED)
         manifests.write(manifest, new / manifests.NAME)
-        # safetensors makes its files readable by their owner alone, whatever the umask says.
-        ordinary = (new / manifests.NAME).stat().st_mode
-        for path in new.rglob("*"):
-            if path.is_file():
-                path.chmod(ordinary)
-            _flush(path)
-        _move_into_place(new, staging / "old", out, [*_model_files(out), out / PACKED])
+        _finish(new, staging / "old", out)
+
+
+def save_streamed(
+    stream: Stream,
+    stage: Stage,
+    tokenizer: Any,
+    out: str | Path,
+    manifest: Mapping[str, Any],
+    packed: bool = False,
+) -> None:
+    """As `save`, for the model whose blocks are finished in `stage`: its shards become the model's, without a copy.
+
+    A block and its masks are in memory at a time. What was in `out` gives way.
+    """
+    out, count = Path(out), len(stream.blocks)
+    masks = stage.all_masks(count)
+    _check_counts(masks, manifest)
+    with stream.reading(stage.tensors):
+        for index in range(count):
+            with stream.enter(index):
+                _check_zeros(stream.model, {name: masks[name] for name in stage.masks(index)})
+    with _staging(out) as staging:
+        new = staging / "new"
+        (new / MASKS).parent.mkdir(parents=True)
+        stream.write_rest(new)
+        names = [f"model-{number + 1:05}-of-{count + 1:05}.safetensors" for number in range(count + 1)]
+        (new / WEIGHTS).rename(new / names[0])
+        for index, name in enumerate(names[1:]):
+            _link(stage.weights(index), new / name)
+        _write_index(new, names)
+        _write_tokenizer(tokenizer, new)
+        mask_files.write_bits(masks.bits, new / MASKS)
+        if packed:
+            _write_packed_streamed(stream, stage, masks, new / PACKED)
+        manifests.write(manifest, new / manifests.NAME)
+        _finish(new, staging / "old", out)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _write_index(directory: Path, names: Iterable[str]) -> None:
+    places: dict[str, str] = {}
+    size = 0
+    for name in names:
+        for key, entry in shards.header(directory / name).items():
+            places[key] = name
+            size += entry["data_offsets"][1] - entry["data_offsets"][0]
+    content = {"metadata": {"total_size": size}, "weight_map": places}
+    (directory / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _finish(new: Path, old: Path, out: Path) -> None:
+    """Have all that is staged on the disk, and in place."""
+    # safetensors makes its files readable by their owner alone, whatever the umask says.
+    ordinary = (new / manifests.NAME).stat().st_mode
+    for path in new.rglob("*"):
+        if path.is_file():
+            path.chmod(ordinary)
+        flush(path)
+    _move_into_place(new, old, out, [*_model_files(out), out / PACKED])
 
 
 def add_packed(model: nn.Module, directory: str | Path, masks: Mapping[str, Tensor]) -> None:
@@ -133,7 +191,7 @@ def add_packed(model: nn.Module, directory: str | Path, masks: Mapping[str, Tens
         new = staging / "new"
         (new / PACKED).parent.mkdir(parents=True)
         _write_packed(model, masks, new / PACKED)
-        _flush(new / PACKED)
+        flush(new / PACKED)
         _move_into_place(new, staging / "old", directory)
 
 
@@ -161,20 +219,7 @@ def load_masks(directory: str | Path) -> dict[str, Tensor]:
     path = Path(directory) / MASKS
     if not path.is_file():
         raise UserError(f"{directory} has no {MASKS}; for a model pruned elsewhere take its masks from its zeros.")
-    masks = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(MASK_FORMAT, "{}"))
-            if about.get("version") != MASK_VERSION:
-                raise UserError(f"{path} is not a mask file of version {MASK_VERSION}; save the model again.")
-            for name, columns in about["columns"].items():
-                bits = file.get_tensor(name)
-                if bits.dtype != torch.uint8 or bits.ndim != 2 or bits.shape[1] != -(-columns // 8):
-                    raise ValueError(f"{name} is not packed for {columns} columns")
-                masks[name.removesuffix(".weight")] = pk.unpack_bits(bits, columns)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}); save the model again.") from error
-    return masks
+    return mask_files.read(path)
 
 
 def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
@@ -193,7 +238,7 @@ def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
 def _is_empty(out: Path) -> bool:
     entries = {entry.name for entry in out.iterdir()}
     if entries == {"perp"}:
-        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name}
+        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name, LOCK.name}
     # A save killed while moving its files has moved every one of them but config.json.
     unfinished = (out / STAGING).exists() and not (out / "config.json").exists()
     return not entries or (unfinished and entries <= {"perp", *(file.name for file in _model_files(out))})
@@ -209,10 +254,14 @@ def _check_model(model: nn.Module, masks: Mapping[str, Tensor], manifest: Mappin
         if isinstance(module, SparseLinear):
             raise UserError(f"{name} is still a SparseLinear; merge adapters and unswap before saving.")
     check_finite(model, "the model to save")
+    _check_counts(masks, manifest)
+    _check_zeros(model, masks)
+
+
+def _check_counts(masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     counts = manifests.check(manifest, "the manifest")["sparsity"]
     if set(counts) != set(masks):
         raise UserError("the manifest counts other layers than the masks; build it from the masks that are saved.")
-    _check_zeros(model, masks)
     for name, mask in masks.items():
         if counts[name] != {"pruned": int((~mask).sum()), "total": mask.numel()}:
             raise UserError(f"the manifest counts {name} otherwise than its mask; build it from the masks saved.")
@@ -230,27 +279,18 @@ def _check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        try:
-            generation.validate(strict=True)
-        except ValueError:
-            # Older checkpoints give sampling parameters without saying that they sample, which no longer saves.
-            generation.do_sample = True
+    save_weights(model, directory)
+    _write_tokenizer(tokenizer, directory)
+
+
+def _write_tokenizer(tokenizer: Any, directory: Path) -> None:
     with quiet():
-        model.save_pretrained(directory)
         try:
             tokenizer.save_pretrained(directory)
         except Exception as error:
             if type(error) is Exception:  # what the tokenizers' own code raises when a write fails
                 raise OSError(str(error)) from error
             raise
-
-
-def _write_masks(masks: Mapping[str, Tensor], path: Path) -> None:
-    bits = {f"{name}.weight": pk.pack_bits(mask).cpu() for name, mask in masks.items()}
-    columns = {f"{name}.weight": mask.shape[1] for name, mask in masks.items()}
-    save_file(bits, path, metadata={MASK_FORMAT: json.dumps({"version": MASK_VERSION, "columns": columns})})
 
 
 def _write_packed(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> None:
@@ -260,13 +300,20 @@ def _write_packed(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> 
     packed_files.write(path, masks, weight, lambda name: masks[name].to(weight(name).device))
 
 
-def _flush(path: Path) -> None:
-    """Have a file, or a directory's list of names, on the disk: a full one may say so only now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_packed_streamed(stream: Stream, stage: Stage, masks: Masks, path: Path) -> None:
+    """Layer by layer, its block entered for it: the layers of a block follow one another."""
+    with stream.reading(stage.tensors), ExitStack() as entered:
+        here: list[int] = []
+
+        def weight(name: str) -> Tensor:
+            index = int(name.removeprefix(f"{stream.prefix}.").partition(".")[0])
+            if here != [index]:
+                entered.close()
+                entered.enter_context(stream.enter(index))
+                here[:] = [index]
+            return stream.model.get_submodule(name).weight.detach()
+
+        packed_files.write(path, masks, weight, lambda name: masks[name].to(stream.device))
 
 
 def _move_into_place(new: Path, old: Path, out: Path, former: Iterable[Path] = ()) -> None:
@@ -289,7 +336,7 @@ def _move_into_place(new: Path, old: Path, out: Path, former: Iterable[Path] = (
         for name in sorted(incoming, key=lambda file: file.name == "config.json"):
             move(new / name, out / name)
         for directory in {target.parent for _, target in moves}:
-            _flush(directory)
+            flush(directory)
     except BaseException:
         for source, target in reversed(moves):
             if not source.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perp import pruners
+from perp.activations import fill
 from perp.adapters import trainable
-from perp.blocks import ArgumentsOf, Calls, all_prunable, find_blocks, outputs, prunable, run_block, to_store
+from perp.blocks import ArgumentsOf, all_prunable, find_blocks, outputs, prunable, run_block
 from perp.errors import UserError
 from perp.models import check_finite
 from perp.progress import Progress, Silent
 from perp.pruners import Pruner, magnitude
 from perp.reconstruct import Losses, ReconstructSettings
 from perp.reconstruct import reconstruct as fit
+from perp.residence import Residence, Resident
 from perp.statistics import Statistics, collect
 from perp.units import Unit, units
 from perp_kernels import Pattern
@@ -35,7 +37,7 @@ class Pruned:
     those that were reconstructed. `seconds`: wall-clock time.
     """
 
-    masks: dict[str, Tensor]
+    masks: Mapping[str, Tensor]
     losses: dict[str, Losses]
     seconds: float
 
@@ -49,6 +51,7 @@ def prune_model(
     reconstruct: ReconstructSettings | None = None,
     granularity: str = "half-block",
     progress: Progress | None = None,
+    residence: Residence | None = None,
 ) -> Pruned:
     """Prune every nn.Linear of the decoder's blocks in place; embeddings, head and norms are not pruned.
 
@@ -58,26 +61,29 @@ def prune_model(
 
     Each block is fed by the pruned blocks before it. One pass with its dense weights gives the statistics of all its
     linears; then each unit in turn is pruned and, with `reconstruct`, fitted to what its dense weights compute from the
-    same inputs. The model is put in eval mode. What can be refused is refused before any weight changes: UserError, or
-    PatternError for a layer whose inputs do not divide by M.
+    same inputs. `residence`: where the blocks and the activations are, for those not in memory; units that it has from
+    an earlier run are not computed again. The model is put in eval mode. What can be refused is refused before any
+    weight changes: UserError, or PatternError for a layer whose inputs do not divide by M.
     """
     started = time.monotonic()
     progress = progress or Silent()
     pruner, pattern = pruners.resolve(method, pattern)
     prefix, blocks = find_blocks(model.eval())
     _check(model, pattern, reconstruct)
-    job = _Job(pruner, pattern, reconstruct)
+    residence = residence or Resident()
+    job = _Job(pruner, pattern, reconstruct, residence)
     calls = None
     if pruner.NEEDS or reconstruct:
         if windows is None:
             raise UserError(f"{method} needs windows of calibration text here; give some.")
-        calls = Calls(model, windows)
+        calls = residence.calls(model, windows)
     progress.stage("prune", len(blocks))
-    for index, parts in units(model, windows, granularity if reconstruct else "block"):
-        if calls is None:
-            job.prune(parts[0], {})
-        else:
+    for index, parts in units(model, windows, granularity if reconstruct else "block", calls, residence.enter):
+        if calls is not None:
             job.calibrated(parts, calls.hidden, partial(calls.arguments, index), last=index + 1 == len(blocks))
+        elif not residence.has(parts[0]):
+            job.prune(parts[0], {})
+        residence.leave(index, parts, job.losses)
         progress.unit(f"{prefix}.{index}", **job.figures(parts))
     progress.done()
     if job.unread:
@@ -115,31 +121,47 @@ def _check(model: PreTrainedModel, pattern: Pattern, reconstruct: ReconstructSet
 class _Job:
     """One run of `prune_model`: the method, and what it has given so far."""
 
-    def __init__(self, pruner: Pruner, pattern: Pattern, settings: ReconstructSettings | None) -> None:
-        self.pruner, self.pattern, self.settings = pruner, pattern, settings
-        self.masks: dict[str, Tensor] = {}
+    def __init__(
+        self, pruner: Pruner, pattern: Pattern, settings: ReconstructSettings | None, residence: Residence
+    ) -> None:
+        self.pruner, self.pattern, self.settings, self.residence = pruner, pattern, settings, residence
+        self.masks = residence.masks
         self.losses: dict[str, Losses] = {}
         self.unread: list[str] = []
 
     def calibrated(
         self,
         parts: Sequence[Unit],
-        hidden: list[Tensor],
+        hidden: MutableSequence[Tensor],
         arguments: ArgumentsOf,
         last: bool,
     ) -> None:
         """Prune (and reconstruct) the units of a block; unless it is the `last`, `hidden` becomes its outputs."""
-        statistics, targets = self._observe(parts, hidden, arguments)
-        given: list[Tensor] = []
+        # Asked before any of them is restored, since the others are observed in the dense block.
+        known = {unit.name for unit in parts if self.residence.has(unit)}
+        new = [unit for unit in parts if unit.name not in known]
+        statistics, targets = self._observe(new, hidden, arguments) if new else ({}, {})
+        given = self.residence.states()
         for unit in parts:
             if self.settings and unit.follows:
                 hidden[:] = given
-                targets[unit.name] = list(outputs(unit, hidden, arguments))
-            self.prune(unit, statistics)
-            if self.settings:
-                given = targets.pop(unit.name)
-                if unit.linear_names:
-                    self.losses[unit.name] = fit(unit, self.masks, hidden, given, arguments, self.settings)
+                if unit.name not in known:
+                    targets[unit.name] = self._states(outputs(unit, hidden, arguments))
+            if unit.name in known:
+                losses = self.residence.restore(unit)
+                given = self._states(outputs(unit, hidden, arguments) if self.settings else ())
+            else:
+                losses = None
+                self.prune(unit, statistics)
+                if self.settings:
+                    given = targets.pop(unit.name)
+                    if unit.linear_names:
+                        losses = fit(unit, self.masks, hidden, given, arguments, self.settings)
+            if losses:
+                self.losses[unit.name] = losses
+            # The last one is kept with the block.
+            if unit.name not in known and unit is not parts[-1]:
+                self.residence.keep(unit, losses)
         if self.settings and parts[-1].end is None:
             hidden[:] = given
         elif not last:
@@ -148,7 +170,7 @@ class _Job:
 
     def _observe(
         self, parts: Sequence[Unit], hidden: Sequence[Tensor], arguments: ArgumentsOf
-    ) -> tuple[dict[str, Statistics], dict[str, list[Tensor]]]:
+    ) -> tuple[dict[str, Statistics], dict[str, MutableSequence[Tensor]]]:
         """From the dense block: its linears' statistics, and the targets of the units that read the block's input.
 
         One pass gives both. The targets of parallel branches have to be taken before the first of them is fitted, since
@@ -156,13 +178,17 @@ class _Job:
         """
         first = [unit for unit in parts if self.settings and not unit.follows]
         if self.pruner.NEEDS is None:
-            return {}, {unit.name: list(outputs(unit, hidden, arguments)) for unit in first}
-        targets: dict[str, list[Tensor]] = {unit.name: [] for unit in first}
+            return {}, {unit.name: self._states(outputs(unit, hidden, arguments)) for unit in first}
+        targets = {unit.name: self.residence.states() for unit in first}
         with ExitStack() as taps:
             for unit in first:
                 taps.enter_context(unit.tapped(partial(_keep, targets[unit.name]), hidden[0].shape))
             linears = prunable(parts[0].block, parts[0].prefix)
             return collect(parts[0].block, linears, hidden, arguments, self.pruner.NEEDS), targets
+
+    def _states(self, given: Iterable[Tensor]) -> MutableSequence[Tensor]:
+        """These activations, put where activations are kept."""
+        return fill(self.residence.states(), given)
 
     def prune(self, unit: Unit, statistics: Mapping[str, Statistics]) -> None:
         """Prune the unit's linears in place."""
@@ -173,7 +199,8 @@ class _Job:
                 self.unread.append(name)
                 pruner = magnitude
             weight, mask = pruner.prune(linear.weight, read, self.pattern)
-            linear.weight.copy_(weight)
+            # Not copied into the old one, which may be mapped from a file and would stay in memory for the copy.
+            linear.weight.data = weight
             self.masks[name] = mask.cpu()
 
     def figures(self, parts: Sequence[Unit]) -> dict[str, float]:
@@ -187,6 +214,6 @@ class _Job:
         return {"before": before, "after": after}
 
 
-def _keep(targets: list[Tensor], output: Tensor) -> None:
+def _keep(targets: MutableSequence[Tensor], output: Tensor) -> None:
     # A copy, since the block goes on and may write its later results into the same memory.
-    targets.append(to_store(output.clone()))
+    targets.append(output.clone())

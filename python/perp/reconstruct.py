@@ -7,7 +7,7 @@ attention and MLP with all kept weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from perp.errors import UserError
 from perp.linear import swap_linears, unswap
 from perp.optim import AdamW
 from perp.units import Unit
+from perp_kernels import SparseWeight
 
 # Tuned by the error on validation windows after the first three blocks of a model of 135M parameters, at 2:4 and at
 # 50 % (48 steps). Kept weights at 6e-3 did 2 % better, but fitted the first unit of all worse than it began.
@@ -83,7 +84,7 @@ def reconstruct(
     unit: Unit,
     masks: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
-    targets: list[Tensor],
+    targets: MutableSequence[Tensor],
     arguments: ArgumentsOf,
     settings: ReconstructSettings,
 ) -> Losses:
@@ -95,18 +96,19 @@ def reconstruct(
     `targets` is used up: on return it holds the outputs of the unit as it was left, which the next unit reads, so that
     no third copy of the activations is ever alive. UserError where the unit's output is NaN or infinite to begin with.
     """
-    begun = {name: weight.detach().clone() for name, weight in _weights(unit).items()}
     before = _measure(unit, inputs, targets, arguments)
     if not math.isfinite(before):
         raise UserError(f"the output of {unit.name} is NaN or infinite; load the model in float32.")
     with _prepared(unit, masks, settings) as parameters:
+        packed, others = _begun(unit)
         diverged = bool(parameters) and not _train(unit, parameters, inputs, targets, arguments, settings)
     after = math.nan if diverged else _measure(unit, inputs, targets, arguments, overwrite=True)
     if after <= before:
         return Losses(before, after)
-    with torch.no_grad():
-        for name, weight in _weights(unit).items():
-            weight.copy_(begun[name])
+    for name, weight in packed.items():
+        unit.linears[name].weight.data = weight.unpack()
+    for parameter, value in others:
+        parameter.data = value
     for window, output in enumerate(outputs(unit, inputs, arguments)):
         targets[window] = output
     return Losses(before, before, restored=True)
@@ -117,7 +119,8 @@ def _prepared(unit: Unit, masks: Mapping[str, Tensor], settings: ReconstructSett
     """The unit's linears as SparseLinear and, of the whole block, only the chosen parameters (yielded) trainable."""
     block = unit.block
     flags = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
-    swap_linears(block, {name: masks[f"{unit.prefix}.{name}"] for name in unit.linear_names})
+    # Packed, so that gradients, moments and what an undone fit goes back to are of the kept weights alone.
+    swap_linears(block, {name: masks[f"{unit.prefix}.{name}"] for name in unit.linear_names}, "bitmap")
     try:
         if "mask_lora" in settings.parts:
             attach(block, r=settings.r, alpha=settings.alpha, seed=settings.seed)
@@ -164,7 +167,7 @@ def _train(
 def _measure(
     unit: Unit,
     inputs: Sequence[Tensor],
-    targets: list[Tensor],
+    targets: MutableSequence[Tensor],
     arguments: ArgumentsOf,
     overwrite: bool = False,
 ) -> float:
@@ -183,6 +186,14 @@ def _error(output: Tensor, target: Tensor) -> Tensor:
     return (output.to(dtype) - target.to(output.device, dtype)).square().mean()
 
 
-def _weights(unit: Unit) -> dict[str, nn.Parameter]:
-    modules = {**unit.linears, **unit.norms}
-    return {f"{name}.{own}": weight for name, module in modules.items() for own, weight in module.named_parameters()}
+def _begun(unit: Unit) -> tuple[dict[str, SparseWeight], list[tuple[nn.Parameter, Tensor]]]:
+    """Copies of the kept weights of the unit's SparseLinears, by name, and of its norms' and biases' parameters."""
+    packed, others = {}, []
+    for name, layer in unit.linears.items():
+        packed[name] = layer.sparse_weight
+        packed[name].values = layer.values.detach().clone()
+        if layer.bias is not None:
+            others.append((layer.bias, layer.bias.detach().clone()))
+    for norm in unit.norms.values():
+        others += [(parameter, parameter.detach().clone()) for parameter in norm.parameters()]
+    return packed, others

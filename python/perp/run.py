@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perp import checkpoints, data, machine, manifest, models, report, settings
+from perp import checkpoints, data, machine, manifest, models, report, resume, settings
 from perp.adapters import attach, count_trainable, merge, select_trainable
 from perp.blocks import all_prunable, find_blocks
 from perp.errors import UserError
 from perp.evaluate import perplexity, window_length
 from perp.linear import swap_linears, unswap
+from perp.lock import locked
+from perp.plan import Plan
+from perp.planning import plan_job, told
 from perp.progress import Progress, Silent
 from perp.prune import Pruned, prune_model
 from perp.reconstruct import ReconstructSettings
@@ -29,6 +33,8 @@ from perp.report import Report, Row
 from perp.retrain import retrain
 from perp.settings import RunSettings
 from perp_kernels import Pattern
+
+logger = logging.getLogger("perp")
 
 
 @dataclass
@@ -47,17 +53,44 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
     # The packaged text has a second one to be judged on, of another kind.
     eval_data = job.eval_data or (("demo:sotu",) if job.data == "demo" else ())
     job = replace(job, device=machine.find_device(job.device), eval_data=eval_data)
-    return _Job(job, pattern, _read(job), progress or Silent()).run(dense)
+    with locked(job.out):
+        planned = plan_job(job)
+        if job.stream is not False and not planned.fits:
+            raise UserError(
+                f"{job.model} does not fit on this machine in this way; {planned.advice}, or see perp plan."
+            )
+        texts, before, started = _read(job), machine.resident_parts()[0], time.monotonic()
+        with machine.AnonymousPeak() as taken:
+            found = _kind(job, planned.plan)(job, pattern, texts, progress or Silent(), planned.plan).run(dense)
+        used = round(machine.peak(job.device or "cpu") * 1e9) if planned.plan.device else 0
+        logger.info(told(planned.plan, taken.most - before, used, time.monotonic() - started))
+        return found
+
+
+def _kind(job: RunSettings, plan: Plan) -> type[Job]:
+    """How the job is done: with the model in memory, or streamed."""
+    from perp.streamed_run import StreamedJob
+
+    if plan.stream:
+        return StreamedJob
+    if resume.unfinished(job.out):
+        if not job.overwrite:
+            raise UserError(
+                f"{job.out} holds an unfinished streamed run; finish it with --stream, or pass --overwrite to begin "
+                "again."
+            )
+        resume.forget(job.out)
+    return Job
 
 
 @dataclass(frozen=True)
-class _Texts:
+class Texts:
     train: list[str]
     held_out: dict[str, list[str]]
     identity: dict[str, Any]
 
 
-def _read(job: RunSettings) -> _Texts:
+def _read(job: RunSettings) -> Texts:
     source = data.documents(job.data)
     parts = data.split(source)
     held_out = {source.label: parts.test}
@@ -69,17 +102,18 @@ def _read(job: RunSettings) -> _Texts:
             )
         held_out[other.name if other.label in held_out else other.label] = other.texts
         identity["evaluate"].append(other.identity)
-    return _Texts(parts.train, held_out, identity)
+    return Texts(parts.train, held_out, identity)
 
 
-class _Job:
-    def __init__(self, job: RunSettings, pattern: Pattern, texts: _Texts, progress: Progress) -> None:
+class Job:
+    def __init__(self, job: RunSettings, pattern: Pattern, texts: Texts, progress: Progress, plan: Plan) -> None:
         self.job, self.pattern, self.progress, self.identity = job, pattern, progress, texts.identity
+        self.plan = plan
         self.device = job.device or "cpu"
         self.model: Any
         self.tokenizer: Any
         self.load()
-        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed))
+        self.check_output()
         for name, linear in all_prunable(self.model).items():
             pattern.check(linear.in_features, name)
         count = job.windows or machine.usual_sizes(self.device)[0]
@@ -115,9 +149,13 @@ class _Job:
         rows.append(row)
         if job.retrain:
             rows.append(self.retrain(report.RETRAINED, pruned.masks))
-        found = Report(job.title, rows)
-        self.save(found, pruned)
-        report.write([found], job.out / "perp")
+        return self.finish(rows, pruned.masks)
+
+    def finish(self, rows: list[Row], masks: Mapping[str, Tensor]) -> Report:
+        """Save the model and the report of these rows."""
+        found = Report(self.job.title, rows)
+        self.save(self.manifest(rows, masks), masks)
+        report.write([found], self.job.out / "perp")
         return found
 
     def load(self) -> None:
@@ -126,6 +164,10 @@ class _Job:
         self.model = None
         gc.collect()
         self.model, self.tokenizer = models.load(job.model, job.dtype, self.device, job.trust_remote_code)
+
+    def check_output(self) -> None:
+        job = self.job
+        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed))
 
     def check_tokens(self) -> None:
         vocabulary = self.model.get_input_embeddings().num_embeddings
@@ -152,7 +194,7 @@ class _Job:
             return self.row(report.PRUNED, cost), pruned
         return self.row(report.RECONSTRUCTED, cost, self.reconstructed_share(pruned.masks)), pruned
 
-    def reconstructed_share(self, masks: dict[str, Tensor]) -> float:
+    def reconstructed_share(self, masks: Mapping[str, Tensor]) -> float:
         """The share of the model's parameters that reconstruction trains, a unit at a time."""
         _, blocks = find_blocks(self.model)
         swap_linears(self.model, masks)
@@ -164,7 +206,7 @@ class _Job:
         unswap(self.model)
         return share
 
-    def retrain(self, stage: str, masks: dict[str, Tensor]) -> Row:
+    def retrain(self, stage: str, masks: Mapping[str, Tensor]) -> Row:
         """Train under these masks and merge; masks that keep everything train the dense model the same way."""
         with self.cost() as cost:
             swap_linears(self.model, masks)
@@ -175,13 +217,19 @@ class _Job:
         return self.row(stage, cost, trained / total)
 
     def row(self, stage: str, cost: Cost | None = None, trained: float = 0.0) -> Row:
+        found, zeros = self.judge()
+        cost = cost or Cost()
+        return Row(stage, found, zeros, trained, cost.seconds, cost.memory)
+
+    def judge(self) -> tuple[dict[str, float], float]:
+        """The perplexity on each held-out text, and the share of zeros in the weights to prune."""
         found = {}
         for name, windows in self.held_out.items():
             self.progress.stage(f"perplexity {name}", len(windows))
             found[name] = perplexity(self.model, windows, self.progress)
             self.progress.done()
-        cost = cost or Cost()
-        return Row(stage, found, _zeros(all_prunable(self.model).values()), trained, cost.seconds, cost.memory)
+        kept, total = count_kept(all_prunable(self.model).values())
+        return found, 1 - kept / total
 
     @contextmanager
     def cost(self) -> Iterator[Cost]:
@@ -191,26 +239,29 @@ class _Job:
         yield cost
         cost.seconds, cost.memory = time.monotonic() - started, machine.peak(self.device)
 
-    def save(self, found: Report, pruned: Pruned) -> None:
+    def save(self, content: dict[str, Any], masks: Mapping[str, Tensor]) -> None:
         job = self.job
-        content = manifest.build(
+        checkpoints.save(self.model, self.tokenizer, job.out, masks, content, job.overwrite, job.packed)
+
+    def manifest(self, rows: list[Row], masks: Mapping[str, Tensor]) -> dict[str, Any]:
+        job = self.job
+        return manifest.build(
             method=job.method,
             pattern=str(self.pattern),
             parts=job.retrain,
-            masks=pruned.masks,
+            masks=masks,
             data=self.identity,
             seeds={"calibration": job.seed, "training": job.seed + 1},
             settings=json.loads(json.dumps(dataclasses.asdict(job), default=str)),
-            perplexity={row.stage: row.perplexity for row in found.rows},
-            seconds={row.stage: row.seconds for row in found.rows},
+            perplexity={row.stage: row.perplexity for row in rows},
+            seconds={row.stage: row.seconds for row in rows},
         )
-        checkpoints.save(self.model, self.tokenizer, job.out, pruned.masks, content, job.overwrite, job.packed)
 
 
-def _zeros(linears: Iterable[nn.Linear]) -> float:
-    """The share of exact zeros among these weights."""
-    counts = [(linear.weight.numel(), int(linear.weight.count_nonzero())) for linear in linears]
-    return 1 - sum(kept for _, kept in counts) / sum(total for total, _ in counts)
+def count_kept(linears: Iterable[nn.Linear]) -> tuple[int, int]:
+    """How many of these weights are not zero, and how many they are."""
+    counts = [(int(linear.weight.count_nonzero()), linear.weight.numel()) for linear in linears]
+    return sum(kept for kept, _ in counts), sum(total for _, total in counts)
 
 
 def run_demo(out: Path, progress: Progress | None = None) -> list[Report]:

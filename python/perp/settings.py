@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from perp import checkpoints, machine, manifest, models, pruners
+from perp import checkpoints, machine, manifest, models, pruners, resume
 from perp.adapters import PARTS
 from perp.errors import UserError
 from perp.reconstruct import ReconstructSettings
@@ -24,7 +24,9 @@ class RunSettings:
     `retrain` names the parts trained on the language-model loss (empty: none); `compare` the further lines measured:
     "pruned" (no recovery) and "dense-retrained" (the dense model trained on the same text). Learning rates left at None
     are those that suit the parts. `data` is judged on its test part, `eval_data` whole. `packed` writes the packed
-    file beside the plain model.
+    file beside the plain model. `stream` keeps one block at a time in memory and goes on with an unfinished run; None
+    leaves it to the plan, by the memory that may be used: `gpu_memory`, `cpu_memory` such as "20GB" (None: what is
+    free).
     """
 
     model: str
@@ -55,6 +57,9 @@ class RunSettings:
     trust_remote_code: bool = False
     overwrite: bool = False
     packed: bool = False
+    stream: bool | None = None
+    gpu_memory: str | None = None
+    cpu_memory: str | None = None
 
     @property
     def title(self) -> str:
@@ -91,8 +96,11 @@ class RunSettings:
         )
 
 
-def check(settings: RunSettings) -> Pattern:
-    """Refuse what cannot work before any weight or text is read; gives the parsed pattern."""
+def check(settings: RunSettings, weights: bool = True) -> Pattern:
+    """Refuse what cannot work before any weight or text is read; gives the parsed pattern.
+
+    Without `weights` those need not be there: for a plan, the configuration will do.
+    """
     pattern = Pattern.parse(settings.pattern)
     pruners.get(settings.method)
     for name, given, known in (
@@ -116,8 +124,11 @@ def check(settings: RunSettings) -> Pattern:
     machine.check_dtype(settings.dtype)
     # Parts that exclude each other are refused by the settings they go to.
     _ = settings.for_reconstruct, settings.for_retrain
-    checkpoints.check_output(settings.out, settings.overwrite)
-    models.check_model(settings.model, settings.trust_remote_code)
+    for size in (settings.gpu_memory, settings.cpu_memory):
+        machine.parse_size(size)
+    # Where a run is unfinished, what is there is its own: whether this one may go on with it is decided later.
+    checkpoints.check_output(settings.out, settings.overwrite or resume.unfinished(settings.out))
+    models.check_model(settings.model, settings.trust_remote_code, weights)
     return pattern
 
 
