@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import resource
 import sys
@@ -14,6 +15,9 @@ import psutil
 from perp.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+# M_MMAP_THRESHOLD of mallopt(3). Setting it also ends its adjustment.
+_MMAP_THRESHOLD = -3
 
 _STATUS = Path("/proc/self/status")
 
@@ -86,10 +90,20 @@ def _limit() -> int | None:
     return None
 
 
-class AnonymousPeak:
-    """The highest RssAnon of this process while the block runs, in bytes; looked at every few milliseconds."""
+def give_back_memory() -> None:
+    """Have large blocks of memory go back to the system as soon as they are freed, where the C library is glibc.
 
-    def __init__(self, interval: float = 0.005) -> None:
+    It takes blocks from the heap once some of their size have been freed, up to 32 MB, and a heap with holes does not
+    shrink: fitting one unit of a 1.1B model left 760 MB where 520 MB were the most in use.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+class AnonymousPeak:
+    """The highest RssAnon of this process while the block runs, in bytes; looked at 50 times a second."""
+
+    def __init__(self, interval: float = 0.02) -> None:
         self._interval = interval
         self._ended = threading.Event()
         self.most = 0

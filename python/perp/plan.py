@@ -16,10 +16,14 @@ from perp.blocks import find_blocks
 
 # What is allocated beside the tensors counted here: the tokenizer, the text, code paths run for the first time.
 OVERHEAD = 60_000_000
+# What a process takes for each byte in use where freed memory stays in the heap (see machine.give_back_memory).
+HEAP = 1.5
 # Bytes of temporaries per element of the largest weight while its mask is chosen: fp32 scores and what ranks them.
 SELECT = 14
 # Activations of a unit kept for its backward pass and formed in it, as a multiple of what its linears read and give.
 GRAPH = 2.0
+# A chunk of fp32 logits with what their loss takes: see perp.loss.
+LOGITS = 3 * 4 << 23
 # Passes of a training step in units of a forward pass.
 STEP = 3
 
@@ -63,7 +67,8 @@ class Work:
     """What is to be done. `states`: how many states of the model are judged, on `judged` windows in all.
 
     `statistics`: what the method needs; `trained`: "kept", "mask_lora" or None where nothing is fitted; `passes`: how
-    often the model is pruned (a second time for the line without recovery).
+    often the model is pruned (a second time for the line without recovery). `steps`: of retraining with adapters, of
+    `step_batch` windows each, one at a time and with activations recomputed.
     """
 
     windows: int
@@ -79,6 +84,8 @@ class Work:
     passes: int = 1
     packed: bool = False
     gpu: bool = False
+    steps: int = 0
+    step_batch: int = 4
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,8 @@ def shape_of(model: Any, granularity: str = "half-block") -> Shape:
 def predict(shape: Shape, work: Work, rates: Rates, stream: bool, activations: str) -> Plan:
     """What the job takes with the model in memory or streamed, and the hidden states in that place."""
     model = shape.bytes
+    # A weight read from its file as it is stays mapped until it is pruned; a mask takes a byte for each.
+    whole = shape.inside * (shape.itemsize + 1)
     states = work.windows * work.seqlen * shape.hidden * shape.itemsize
     # Inputs and targets; each branch beyond the first has targets of its own.
     held = states * (2 if work.trained else 1)
@@ -170,25 +179,34 @@ def predict(shape: Shape, work: Work, rates: Rates, stream: bool, activations: s
         device = host = 0
         resident = shape.block * shape.itemsize if stream else model
         if work.gpu:
-            device = working + (resident if stream else model)
-            host = OVERHEAD
+            device = working + resident
+            host = OVERHEAD + (0 if stream else shape.inside)
             device += waiting if activations == "device" else 0
         else:
-            # A block read from its file as it is stays mapped, until its weights are pruned.
-            host = OVERHEAD + working + (0 if stream else model)
+            host = OVERHEAD + (working if stream else whole + round(HEAP * working))
         host += waiting if activations == "memory" else 0
         return Stage(name, device, host, disk + spilled, seconds)
 
     read = model / rates.disk
     stages = []
     if work.judged:
-        logits = 3 * 4 * min(work.seqlen * shape.vocabulary, 1 << 23)
         each = _forward(shape, work.judged, work.seqlen, rates) + read
         each += 2 * work.judged * work.seqlen * shape.hidden * shape.vocabulary / rates.flops
-        working = max(logits, _graph(shape, 1, work.seqlen))
+        working = max(LOGITS, _graph(shape, 1, work.seqlen))
         stages.append(stage("judge", working, judged, each * work.states))
     seconds = _prune_seconds(shape, work, rates) + (2 if stream else 1) * read
     stages.append(stage("prune", _prune_memory(shape, work), held, seconds * work.passes))
+    if work.steps:
+        seconds = work.steps * work.step_batch * (STEP + 1) * _forward(shape, 1, work.seqlen, rates)
+        own = stage("retrain", _retrain_memory(shape, work), 0, seconds)
+        if stream:
+            # The packed weights stay mapped from their file, or are on the GPU.
+            packed = round(shape.inside * (work.kept * shape.itemsize + 1 / 8)) if work.gpu else 0
+            outside = shape.outside * shape.itemsize if work.gpu else 0
+            own = replace(
+                own, device=own.device + packed + outside, disk=own.disk + round(shape.bytes * (work.kept + 1))
+            )
+        stages.append(own)
     return Plan(stream, activations, tuple(stages))
 
 
@@ -259,6 +277,14 @@ def _fit_memory(unit: UnitShape, shape: Shape, work: Work) -> int:
     backward = kept * shape.itemsize + graph
     step = 4 * kept + 2 * 4 * largest
     return round(packed + begun + masks + masters + moments + max(backward, step))
+
+
+def _retrain_memory(shape: Shape, work: Work) -> int:
+    """Adapters with gradient and moments in fp32, what enters each block, one block's graph, and a chunk of logits."""
+    adapters = work.rank * sum(outputs + inputs for unit in shape.units for outputs, inputs in unit.linears)
+    graph = sum(_unit_graph(unit, shape, work.seqlen) for unit in shape.units)
+    entering = shape.blocks * work.seqlen * shape.hidden * shape.itemsize
+    return round(16 * shape.blocks * adapters + graph + entering + LOGITS)
 
 
 def _unit_graph(unit: UnitShape, shape: Shape, tokens: int) -> float:

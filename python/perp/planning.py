@@ -79,10 +79,12 @@ def work_of(job: RunSettings, device: str) -> Work:
         batch=job.reconstruct_batch,
         rank=job.rank,
         judged=job.eval_windows * texts,
-        states=2 + again,
+        states=2 + again + bool(job.retrain),
         passes=1 + again,
         packed=job.packed,
         gpu=device != "cpu",
+        steps=job.steps if job.retrain else 0,
+        step_batch=job.batch,
     )
 
 

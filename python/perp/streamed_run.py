@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import perp
-from perp import checkpoints, models, report, resume, shards
+from perp import checkpoints, machine, models, packed_retrain, report, resume, shards
 from perp.activations import Place
 from perp.adapters import trainable
 from perp.blocks import Calls, prunable
@@ -32,11 +32,13 @@ class StreamedJob(Job):
     """`made`: the blocks and units that this process has finished."""
 
     def __init__(self, job: RunSettings, *others: Any) -> None:
-        if job.retrain or "dense-retrained" in job.compare:
+        if job.retrain and "dense-retrained" in job.compare:
             raise UserError(
-                "a streamed run cannot retrain yet; pass --retrain none, or --no-stream where the model fits in memory."
+                "a streamed run cannot retrain the dense model; leave dense-retrained out of --compare, "
+                "or pass --no-stream where the model fits in memory."
             )
         self.made = 0
+        machine.give_back_memory()
         super().__init__(job, *others)
         self.record = self._record()
 
@@ -61,6 +63,10 @@ class StreamedJob(Job):
         last = report.PRUNED if job.reconstruct == "none" else report.RECONSTRUCTED
         self.last = self.stage(last)
         rows.append(self.known(last, partial(self.pruned, self.last, job.for_reconstruct)))
+        if job.retrain:
+            self.last, before = self.stage(report.RETRAINED), self.last
+            rows.append(self.known(report.RETRAINED, partial(self.retrained, before, self.last)))
+            packed_retrain.adopt_outside(self.stream, self.last)
         found = self.finish(rows, self.masks(self.last))
         resume.forget(job.out)
         return found
@@ -98,6 +104,16 @@ class StreamedJob(Job):
                 return self.row(report.PRUNED, cost)
             trained = trained_share(self.stream, self.masks(stage), reconstruct.parts, job.rank)
             return self.row(report.RECONSTRUCTED, cost, trained)
+
+    def retrained(self, before: Stage, stage: Stage) -> Row:
+        job = self.job
+        assert job.for_retrain is not None
+        with self.cost() as cost:
+            share = packed_retrain.retrain(
+                self.stream, before, stage, self.tokenizer, self.training, job.for_retrain, self.progress
+            )
+        with self.stream.reading(stage.tensors):
+            return self.row(report.RETRAINED, cost, share)
 
     def place(self, count: int) -> Place:
         """Where the hidden states of so many windows are kept."""

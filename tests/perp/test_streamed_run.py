@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from perp import checkpoints, models, packed_model, report, resume, run
 from perp.errors import UserError
 from perp.lock import LOCK, locked
+from perp.optim import AdamW
+from perp.retrain_state import Checkpoints
 from perp.settings import RunSettings
 from perp.stages import Stage
 from perp.streamed_run import StreamedJob
@@ -87,6 +89,44 @@ def test_the_packed_file_is_that_of_a_run_in_memory(settings, tmp_path):
     one, other = ((tmp_path / str(stream) / checkpoints.PACKED).read_bytes() for stream in (True, False))
     assert one == other
     packed_model.load_packed(tmp_path / "True")
+
+
+def test_retraining_streams_over_the_packed_weights(settings, tmp_path):
+    """The same training as in memory, to rounding: there the weights are dense, here packed."""
+    job = replace(settings, retrain=("mask_lora", "norms"), steps=3, batch=2, compare=(), reconstruct="none")
+    rows = [run.run(replace(job, out=tmp_path / str(stream), stream=stream)).rows for stream in (True, False)]
+    assert [row.stage for row in rows[0]] == [report.DENSE, report.PRUNED, report.RETRAINED]
+    assert rows[0][-1].trained == rows[1][-1].trained
+    assert rows[0][-1].zeros == rows[1][-1].zeros == 0.5
+    (ours, _), (whole, _) = (models.load(str(tmp_path / str(stream))) for stream in (True, False))
+    before, _ = models.load(settings.model)
+    for name, weight in whole.state_dict().items():
+        moved = (weight - before.state_dict()[name]).float().norm()
+        assert (ours.state_dict()[name] - weight).float().norm() <= 0.05 * moved, name
+    assert not torch.equal(ours.model.norm.weight, before.model.norm.weight)
+
+
+def test_retraining_goes_on_where_its_state_was_saved(settings, tmp_path, monkeypatch):
+    job = replace(settings, retrain=("mask_lora", "norms"), steps=5, batch=2, compare=(), reconstruct="none")
+    monkeypatch.setattr(Checkpoints, "due", lambda self, taken, steps: taken in (2, 4, steps))
+    run.run(replace(job, out=tmp_path / "alone"))
+    taken: list[int] = []
+    save = Checkpoints.save
+
+    def then_stop(self, optimiser, losses):
+        save(self, optimiser, losses)
+        if len(losses) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(replace(job, out=tmp_path / "out"))
+    step = AdamW.step
+    monkeypatch.setattr(AdamW, "step", lambda self, losses: taken.append(self.taken) or step(self, losses))
+    run.run(replace(job, out=tmp_path / "out"))
+    assert taken == [2, 3, 4]
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
 
 
 def run_until(job: RunSettings, monkeypatch, units: int) -> None:

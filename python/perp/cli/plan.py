@@ -46,6 +46,11 @@ def plan(
         int, count("--reconstruct-batch", help="Windows in a step of it.", panel=RECOVERY)
     ] = 2,
     epochs: Annotated[int, count("--epochs", help="Its passes over the windows.", panel=RECOVERY)] = 3,
+    retrain: Annotated[
+        str, option("--retrain", help="Trained afterwards; or none.", panel=RECOVERY, metavar="PARTS")
+    ] = "mask_lora,norms",
+    steps: Annotated[int, count("--steps", help="Steps of retraining.", panel=RECOVERY)] = 64,
+    batch: Annotated[int, count("--batch", help="Windows in a step of retraining.", panel=RECOVERY)] = 4,
     rank: Annotated[int, count("--rank", help="Rank of the adapters.", panel=RECOVERY)] = 16,
     windows: Annotated[
         int | None, count("--windows", help="Calibration windows.", panel=TEXT, show_default=GPU_WINDOWS)
@@ -66,7 +71,7 @@ def plan(
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Say what perp run would take on this machine: memory, disk and time of each stage, without retraining.
+    """Say what perp run would take on this machine: memory, disk and time of each stage.
 
     Memory is that beyond a process with torch and transformers imported; mapped files do not count. Only the model's
     config.json is read, and half a second measures how fast this machine is.
@@ -85,7 +90,9 @@ def plan(
         reconstruct_parts=names(reconstruct_parts),
         reconstruct_batch=reconstruct_batch,
         epochs=epochs,
-        retrain=(),
+        retrain=names(retrain),
+        steps=steps,
+        batch=batch,
         rank=rank,
         windows=windows,
         seqlen=seqlen,

@@ -1,0 +1,105 @@
+"""Retraining a pruned model over its packed weights, from the finished blocks of one stage into those of another.
+
+In memory are the packed weights (mapped from their file), the adapters with their moments, and the activations of one
+block; a block's dense weights are made only to write it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from perp import checkpoints, manifest, packed_model
+from perp.adapters import count_trainable, merge
+from perp.files import commit
+from perp.linear import SparseLinear
+from perp.progress import Progress
+from perp.residence import put
+from perp.retrain import RetrainSettings
+from perp.retrain import retrain as train
+from perp.retrain_state import Checkpoints
+from perp.stages import Masks, Stage
+from perp.stream import Stream
+
+_OUTSIDE, _SHARE = "outside.safetensors", "perp-trained"
+
+
+def retrain(
+    stream: Stream,
+    before: Stage,
+    stage: Stage,
+    tokenizer: Any,
+    windows: Tensor,
+    settings: RetrainSettings,
+    progress: Progress,
+) -> float:
+    """Train the model whose blocks are finished in `before`, and finish them in `stage`; the share that was trained.
+
+    `windows`: token ids, int64 [n, T]. What trained outside the blocks is kept in the stage, and put in place: see
+    `adopt_outside`. An earlier process's steps and blocks are gone on from.
+    """
+    base, count = stage.directory / "base", len(stream.blocks)
+    outside = stage.directory / _OUTSIDE
+    if not (outside.exists() and all(map(stage.has_block, range(count)))):
+        model = _packed(stream, before, tokenizer, base, settings)
+        train(model, windows, settings, progress, Checkpoints(stage.directory / "steps.safetensors"))
+        trained, total = count_trainable(model)
+        merge(model)
+        _write_outside(stream, model, outside, trained / total)
+        with stream.reading(before.tensors):
+            for index in range(count):
+                if not stage.has_block(index):
+                    _write_block(stream, model, index, before, stage)
+        del model
+    shutil.rmtree(base, ignore_errors=True)
+    adopt_outside(stream, stage)
+    with safe_open(outside, framework="pt") as file:
+        return float(json.loads(file.metadata()[_SHARE]))
+
+
+def adopt_outside(stream: Stream, stage: Stage) -> None:
+    """Give the model what was trained outside its blocks, the last norm above all."""
+    with safe_open(stage.directory / _OUTSIDE, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            stream.model.get_parameter(name).data = file.get_tensor(name).clone()
+
+
+def _packed(stream: Stream, before: Stage, tokenizer: Any, base: Path, settings: RetrainSettings) -> Any:
+    """The model on its packed weights, by way of a directory whose shards are links to those of the stage."""
+    masks = before.all_masks(len(stream.blocks))
+    about = manifest.build(method="", pattern="", parts=settings.parts, masks=masks, data={}, seeds={})
+    checkpoints.save_streamed(stream, before, tokenizer, base, about, packed=True)
+    dtype = str(stream.model.dtype).removeprefix("torch.")
+    return packed_model.load_weights(base, dtype, str(stream.device))
+
+
+def _write_outside(stream: Stream, model: nn.Module, path: Path, share: float) -> None:
+    tensors = {
+        name: weight.detach().cpu().clone()
+        for name, weight in model.named_parameters()
+        if not name.startswith(f"{stream.prefix}.") and weight.requires_grad
+    }
+    written = path.with_name(f".{path.name}")
+    save_file(tensors, written, metadata={_SHARE: json.dumps(share)})
+    commit(written, path)
+
+
+@torch.no_grad()
+def _write_block(stream: Stream, model: Any, index: int, before: Stage, stage: Stage) -> None:
+    """Merged weights unpacked, and all else that the block holds, into its shard."""
+    prefix = f"{stream.prefix}.{index}"
+    with stream.enter(index):
+        block = stream.blocks[index]
+        for name, module in model.get_submodule(prefix).named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, SparseLinear):
+                own = {"weight": module.sparse_weight.unpack(), **({"bias": own["bias"]} if "bias" in own else {})}
+            put(block.get_submodule(name), own)
+        stage.write_block(index, lambda path: stream.write(index, path), Masks(before.masks(index)), {})
