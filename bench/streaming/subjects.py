@@ -91,7 +91,8 @@ def write_random(config: PreTrainedConfig, out: Path) -> None:
     places: dict[str, str] = {}
     for number, names in enumerate(shards.values(), start=1):
         shard = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({name: _random(shapes[name], name, generator) for name in names}, out / shard, {"format": "pt"})
+        tensors = {name: _random(shapes[name], name, generator).to(config.dtype) for name in names}
+        save_file(tensors, out / shard, {"format": "pt"})
         places |= dict.fromkeys(names, shard)
     (out / models.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     config.save_pretrained(out)
@@ -103,8 +104,8 @@ def _tied(model: Any, name: str) -> bool:
 
 def _random(shape: torch.Size, name: str, generator: torch.Generator) -> Tensor:
     if len(shape) == 1:
-        return torch.full(shape, float(not name.endswith("bias")), dtype=torch.bfloat16)
-    return (DEVIATION * torch.randn(shape, generator=generator)).bfloat16()
+        return torch.full(shape, float(not name.endswith("bias")))
+    return DEVIATION * torch.randn(shape, generator=generator)
 
 
 def demo_directory() -> Path:

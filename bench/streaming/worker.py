@@ -52,6 +52,8 @@ class _NoTokenizer:
 def execute(job: Job) -> dict[str, Any]:
     """Seconds and peak memory of pruning, fitting and saving, beyond the imports, and what the plan had said."""
     torch.set_num_threads(job.threads)
+    if job.stream:
+        machine.give_back_memory()
     models.check_model(job.directory)  # imports the model's code
     rates = measure(job.device, model_shape(job.directory, None))
     before = machine.resident_parts()[0]
@@ -84,7 +86,6 @@ def _work(job: Job) -> Work:
 
 
 def _streamed(job: Job, scratch: Path) -> int:
-    machine.give_back_memory()
     stream = Stream(job.directory, device=job.device)
     stage = Stage(scratch / "stage")
     residence = Streamed(stream, stage, Place("memory", job.windows, scratch))

@@ -98,6 +98,7 @@ def give_back_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class AnonymousPeak:

@@ -1,7 +1,8 @@
 """What a job will take, before it begins: memory, disk and time from shapes, settings and a few rates of the machine.
 
 `predict` is a pure function. Its memory is what the process or torch allocates beyond what it has when torch and
-transformers are imported; files that are mapped are not counted, since the system takes their pages back.
+transformers are imported and the text is read; files that are mapped are not counted, since the system takes their
+pages back.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import nn
 
 from perp.blocks import find_blocks
 
-# What is allocated beside the tensors counted here: the tokenizer, the text, code paths run for the first time.
-OVERHEAD = 60_000_000
+# What is allocated beside the tensors counted here: code paths run for the first time, buffers of torch's products.
+OVERHEAD = 25_000_000
 # What a process takes for each byte in use where freed memory stays in the heap (see machine.give_back_memory).
 HEAP = 1.5
 # Bytes of temporaries per element of the largest weight while its mask is chosen: fp32 scores and what ranks them.
@@ -255,8 +256,8 @@ def _prune_memory(shape: Shape, work: Work) -> int:
         pruned += unit.weights * shape.itemsize
         select = SELECT * largest
         if work.statistics == "gram":
-            # The damped Gram, its inverse and the factor, and the weight in fp32.
-            select += 3 * 4 * max((inputs for _, inputs in unit.linears), default=0) ** 2 + 8 * largest
+            # The damped Gram, its inverse and the factor; the weight in fp32 and its mask.
+            select = 3 * 4 * max((inputs for _, inputs in unit.linears), default=0) ** 2 + 6 * largest
         peaks.append(pruned + select)
         if work.trained:
             peaks.append(pruned - unit.weights * shape.itemsize + _fit_memory(unit, shape, work))

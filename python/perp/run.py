@@ -59,7 +59,10 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
             raise UserError(
                 f"{job.model} does not fit on this machine in this way; {planned.advice}, or see perp plan."
             )
-        texts, before, started = _read(job), machine.resident_parts()[0], time.monotonic()
+        texts = _read(job)
+        if planned.plan.stream:
+            machine.give_back_memory()
+        before, started = machine.resident_parts()[0], time.monotonic()
         with machine.AnonymousPeak() as taken:
             found = _kind(job, planned.plan)(job, pattern, texts, progress or Silent(), planned.plan).run(dense)
         used = round(machine.peak(job.device or "cpu") * 1e9) if planned.plan.device else 0

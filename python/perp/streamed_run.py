@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import perp
-from perp import checkpoints, machine, models, packed_retrain, report, resume, shards
+from perp import checkpoints, models, packed_retrain, report, resume, shards
 from perp.activations import Place
 from perp.adapters import trainable
 from perp.blocks import Calls, prunable
@@ -38,7 +38,6 @@ class StreamedJob(Job):
                 "or pass --no-stream where the model fits in memory."
             )
         self.made = 0
-        machine.give_back_memory()
         super().__init__(job, *others)
         self.record = self._record()
 
