@@ -19,12 +19,12 @@ from bench.results import write_json
 from perp import checkpoints, machine, manifest, models
 from perp.activations import Place
 from perp.blocks import find_blocks
+from perp.finished import Finished
 from perp.plan import Work, predict
 from perp.planning import measure, model_shape
 from perp.prune import prune_model
 from perp.reconstruct import ReconstructSettings
 from perp.residence import Streamed
-from perp.stages import Stage
 from perp.stream import Stream
 
 PATTERN = "2:4"
@@ -87,7 +87,7 @@ def _work(job: Job) -> Work:
 
 def _streamed(job: Job, scratch: Path) -> int:
     stream = Stream(job.directory, device=job.device)
-    stage = Stage(scratch / "stage")
+    stage = Finished(scratch / "stage")
     residence = Streamed(stream, stage, Place("memory", job.windows, scratch))
     prune_model(stream.model, _windows(job, stream.model), job.method, PATTERN, _fit(job), residence=residence)
     masks = stage.all_masks(len(stream.blocks))

@@ -27,10 +27,10 @@ from perp import shards
 from perp.blocks import find_blocks, prunable
 from perp.errors import UserError
 from perp.files import flush
+from perp.finished import Finished, Masks
 from perp.linear import SparseLinear
 from perp.lock import LOCK
 from perp.models import INDEX, WEIGHTS, check_finite, quiet, save_weights
-from perp.stages import Masks, Stage
 from perp.stream import Stream
 
 STAGING = Path("perp", "staging")
@@ -119,7 +119,7 @@ def save(
 
 def save_streamed(
     stream: Stream,
-    stage: Stage,
+    stage: Finished,
     tokenizer: Any,
     out: str | Path,
     manifest: Mapping[str, Any],
@@ -300,7 +300,7 @@ def _write_packed(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> 
     packed_files.write(path, masks, weight, lambda name: masks[name].to(weight(name).device))
 
 
-def _write_packed_streamed(stream: Stream, stage: Stage, masks: Masks, path: Path) -> None:
+def _write_packed_streamed(stream: Stream, stage: Finished, masks: Masks, path: Path) -> None:
     """Layer by layer, its block entered for it: the layers of a block follow one another."""
     with stream.reading(stage.tensors), ExitStack() as entered:
         here: list[int] = []

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from perp import checkpoints, manifest, packed_model
 from perp.adapters import count_trainable, merge
 from perp.files import commit
+from perp.finished import Finished, Masks
 from perp.linear import SparseLinear
 from perp.progress import Progress
 from perp.residence import put
 from perp.retrain import RetrainSettings
 from perp.retrain import retrain as train
 from perp.retrain_state import Checkpoints
-from perp.stages import Masks, Stage
 from perp.stream import Stream
 
 _OUTSIDE, _SHARE = "outside.safetensors", "perp-trained"
@@ -33,8 +33,8 @@ _OUTSIDE, _SHARE = "outside.safetensors", "perp-trained"
 
 def retrain(
     stream: Stream,
-    before: Stage,
-    stage: Stage,
+    before: Finished,
+    stage: Finished,
     tokenizer: Any,
     windows: Tensor,
     settings: RetrainSettings,
@@ -64,14 +64,14 @@ def retrain(
         return float(json.loads(file.metadata()[_SHARE]))
 
 
-def adopt_outside(stream: Stream, stage: Stage) -> None:
+def adopt_outside(stream: Stream, stage: Finished) -> None:
     """Give the model what was trained outside its blocks, the last norm above all."""
     with safe_open(stage.directory / _OUTSIDE, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
             stream.model.get_parameter(name).data = file.get_tensor(name).clone()
 
 
-def _packed(stream: Stream, before: Stage, tokenizer: Any, base: Path, settings: RetrainSettings) -> Any:
+def _packed(stream: Stream, before: Finished, tokenizer: Any, base: Path, settings: RetrainSettings) -> Any:
     """The model on its packed weights, by way of a directory whose shards are links to those of the stage."""
     masks = before.all_masks(len(stream.blocks))
     about = manifest.build(method="", pattern="", parts=settings.parts, masks=masks, data={}, seeds={})
@@ -92,7 +92,7 @@ def _write_outside(stream: Stream, model: nn.Module, path: Path, share: float) -
 
 
 @torch.no_grad()
-def _write_block(stream: Stream, model: Any, index: int, before: Stage, stage: Stage) -> None:
+def _write_block(stream: Stream, model: Any, index: int, before: Finished, stage: Finished) -> None:
     """Merged weights unpacked, and all else that the block holds, into its shard."""
     prefix = f"{stream.prefix}.{index}"
     with stream.enter(index):

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from perp.activations import InMemory
 from perp.blocks import Calls
+from perp.finished import Finished
 from perp.reconstruct import Losses
-from perp.stages import Stage
 from perp.stream import Stream
 from perp.units import Unit
 
@@ -72,9 +72,11 @@ class Resident:
 
 
 class Streamed:
-    """One block at a time is in memory; what is finished is in a `Stage`."""
+    """One block at a time is in memory; what is finished is in a `Finished`."""
 
-    def __init__(self, stream: Stream, stage: Stage, states: Callable[[], MutableSequence[Tensor]] = InMemory) -> None:
+    def __init__(
+        self, stream: Stream, stage: Finished, states: Callable[[], MutableSequence[Tensor]] = InMemory
+    ) -> None:
         """`states` makes an empty sequence for the hidden states of all windows."""
         self._stream, self._stage, self._states = stream, stage, states
         self.masks: MutableMapping[str, Tensor] = {}

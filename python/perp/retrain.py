@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from perp.linear import SparseLinear
 from perp.loss import WindowLoss
 from perp.optim import AdamW
 from perp.progress import Progress, Silent
-from perp.retrain_state import Checkpoints
 
 
 @dataclass(frozen=True)
@@ -52,18 +50,13 @@ class RetrainSettings:
 
 
 def retrain(
-    model: Any,
-    windows: Tensor,
-    settings: RetrainSettings | None = None,
-    progress: Progress | None = None,
-    checkpoints: Checkpoints | None = None,
+    model: Any, windows: Tensor, settings: RetrainSettings | None = None, progress: Progress | None = None
 ) -> list[float]:
     """Train `model` in place on `windows`, token ids int64 [n, T]; returns the loss of every step before its update.
 
     The loss is the mean cross-entropy of a batch's T - 1 targets per window. Adapters are attached if "mask_lora" is
     trained and none are there, and are left for `perp.adapters.merge`; what trained keeps requires_grad. The same
-    settings on the same machine's CPU repeat bitwise, with `checkpoints` even across processes: one goes on where
-    another has last saved. UserError for windows that are no token ids of this model and,
+    settings on the same machine's CPU repeat bitwise. UserError for windows that are no token ids of this model and,
     with step and rate, for a loss that is not finite.
     """
     settings, progress = settings or RetrainSettings(), progress or Silent()
@@ -77,17 +70,11 @@ def retrain(
     progress.stage("retrain", settings.steps)
     started = time.monotonic()
     with _training(model, settings.checkpointing, settings.seed):
-        if checkpoints:
-            losses += checkpoints.restore(optimiser)
-            for _ in losses:
-                progress.unit("")
-        for order in islice(_draws(len(windows), settings), len(losses), None):
+        for order in _draws(len(windows), settings):
             batch = windows[order].to(model.device)
             share = 1 / (len(batch) * (batch.shape[1] - 1))
             micro = [partial(loss, part, share) for part in batch.split(settings.micro_batch)]
             losses.append(optimiser.step(micro))
-            if checkpoints and checkpoints.due(len(losses), settings.steps):
-                checkpoints.save(optimiser, losses)
             speed = len(losses) * batch.numel() / (time.monotonic() - started)
             progress.unit(f"step {len(losses)}", **{"loss": losses[-1], "tokens/s": speed})
     progress.done()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perp import checkpoints, data, machine, manifest, models, report, resume, settings
+from perp import checkpoints, data, machine, manifest, models, record, report, settings
 from perp.adapters import attach, count_trainable, merge, select_trainable
 from perp.blocks import all_prunable, find_blocks
 from perp.errors import UserError
@@ -76,13 +76,13 @@ def _kind(job: RunSettings, plan: Plan) -> type[Job]:
 
     if plan.stream:
         return StreamedJob
-    if resume.unfinished(job.out):
+    if record.unfinished(job.out):
         if not job.overwrite:
             raise UserError(
                 f"{job.out} holds an unfinished streamed run; finish it with --stream, or pass --overwrite to begin "
                 "again."
             )
-        resume.forget(job.out)
+        record.forget(job.out)
     return Job
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from perp import checkpoints, machine, manifest, models, pruners, resume
+from perp import checkpoints, machine, manifest, models, pruners, record
 from perp.adapters import PARTS
 from perp.errors import UserError
 from perp.reconstruct import ReconstructSettings
@@ -127,7 +127,7 @@ def check(settings: RunSettings, weights: bool = True) -> Pattern:
     for size in (settings.gpu_memory, settings.cpu_memory):
         machine.parse_size(size)
     # Where a run is unfinished, what is there is its own: whether this one may go on with it is decided later.
-    checkpoints.check_output(settings.out, settings.overwrite or resume.unfinished(settings.out))
+    checkpoints.check_output(settings.out, settings.overwrite or record.unfinished(settings.out))
     models.check_model(settings.model, settings.trust_remote_code, weights)
     return pattern
 

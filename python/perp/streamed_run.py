@@ -12,19 +12,19 @@ import transformers
 from torch import Tensor
 
 import perp
-from perp import checkpoints, models, packed_retrain, report, resume, shards
+from perp import checkpoints, models, packed_retrain, record, report, shards
 from perp.activations import Place
 from perp.adapters import trainable
 from perp.blocks import Calls, prunable
 from perp.errors import UserError
 from perp.evaluate import perplexity
+from perp.finished import Finished, Masks
 from perp.prune import prune_model
 from perp.reconstruct import ReconstructSettings
 from perp.report import Report, Row
 from perp.residence import Streamed
 from perp.run import Job, count_kept
 from perp.settings import RunSettings
-from perp.stages import Masks, Stage
 from perp.stream import Stream
 
 
@@ -49,7 +49,7 @@ class StreamedJob(Job):
 
     def check_output(self) -> None:
         job = self.job
-        overwrite = job.overwrite or resume.unfinished(job.out)
+        overwrite = job.overwrite or record.unfinished(job.out)
         checkpoints.check_output(job.out, overwrite, checkpoints.size(self.model, job.packed))
 
     def run(self, dense: Sequence[Row]) -> Report:
@@ -67,7 +67,7 @@ class StreamedJob(Job):
             rows.append(self.known(report.RETRAINED, partial(self.retrained, before, self.last)))
             packed_retrain.adopt_outside(self.stream, self.last)
         found = self.finish(rows, self.masks(self.last))
-        resume.forget(job.out)
+        record.forget(job.out)
         return found
 
     def known(self, stage: str, make: Callable[[], Row]) -> Row:
@@ -78,13 +78,13 @@ class StreamedJob(Job):
             self.record.add(row)
         return row
 
-    def stage(self, name: str) -> Stage:
-        return Stage(resume.stage(self.job.out, name))
+    def stage(self, name: str) -> Finished:
+        return Finished(record.stage(self.job.out, name))
 
-    def masks(self, stage: Stage) -> Masks:
+    def masks(self, stage: Finished) -> Masks:
         return stage.all_masks(len(self.stream.blocks))
 
-    def pruned(self, stage: Stage, reconstruct: ReconstructSettings | None) -> Row:
+    def pruned(self, stage: Finished, reconstruct: ReconstructSettings | None) -> Row:
         job = self.job
         with self.cost() as cost:
             prune_model(
@@ -104,7 +104,7 @@ class StreamedJob(Job):
             trained = trained_share(self.stream, self.masks(stage), reconstruct.parts, job.rank)
             return self.row(report.RECONSTRUCTED, cost, trained)
 
-    def retrained(self, before: Stage, stage: Stage) -> Row:
+    def retrained(self, before: Finished, stage: Finished) -> Row:
         job = self.job
         assert job.for_retrain is not None
         with self.cost() as cost:
@@ -125,7 +125,7 @@ class StreamedJob(Job):
         job = self.job
         checkpoints.save_streamed(self.stream, self.last, self.tokenizer, job.out, content, job.packed)
 
-    def _record(self) -> resume.Record:
+    def _record(self) -> record.Record:
         files = {**self.stream.shards.identity(), "config.json": shards.checksum(self.stream.directory / "config.json")}
         told = {**vars(self.job), "text": self.identity}
         versions = {
@@ -133,7 +133,7 @@ class StreamedJob(Job):
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        return resume.Record(self.job.out, told, files, versions, self.job.overwrite)
+        return record.Record(self.job.out, told, files, versions, self.job.overwrite)
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from perp import run, streamed_run  # noqa: F401  all of it once, for the processes to come
+from perp.finished import Finished
 from perp.settings import RunSettings
-from perp.stages import Stage
 
 from . import families, tiny
 
@@ -79,7 +79,7 @@ def noted(log: Path) -> None:
     """Have this process write a line for every unit and block that it has finished, once it is on the disk."""
 
     def and_note(own: Callable[..., None]) -> Callable[..., None]:
-        def write(stage: Stage, what: str | int, *others: Any) -> None:
+        def write(stage: Finished, what: str | int, *others: Any) -> None:
             own(stage, what, *others)
             with log.open("a") as file:
                 file.write(f"{stage.directory.name} {what}\n")
@@ -87,7 +87,7 @@ def noted(log: Path) -> None:
         return write
 
     for name in ("write_unit", "write_block"):
-        setattr(Stage, name, and_note(getattr(Stage, name)))
+        setattr(Finished, name, and_note(getattr(Finished, name)))
 
 
 def finished_units(out: Path) -> int:

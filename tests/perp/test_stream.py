@@ -6,10 +6,10 @@ import torch
 from perp import models
 from perp.activations import Place
 from perp.blocks import find_blocks
+from perp.finished import Finished
 from perp.prune import prune_model
 from perp.reconstruct import ReconstructSettings
 from perp.residence import Streamed
-from perp.stages import Stage
 from perp.stream import Stream
 
 from . import families, tiny
@@ -66,7 +66,7 @@ def test_streaming_prunes_bitwise_as_in_memory(tmp_path, family, dtype, method, 
     model, _ = models.load(str(directory))
     whole = prune_model(model, ids, method, pattern, settings)
     stream = Stream(str(directory))
-    stage = Stage(tmp_path / "stage")
+    stage = Finished(tmp_path / "stage")
     residence = Streamed(stream, stage, Place(activations, len(ids), tmp_path))
     streamed = prune_model(stream.model, ids, method, pattern, settings, residence=residence)
     assert streamed.losses == whole.losses

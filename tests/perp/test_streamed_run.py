@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from perp.retrain_state import Checkpoints
 from safetensors.torch import load_file
 
-from perp import checkpoints, models, packed_model, report, resume, run
+from perp import checkpoints, models, packed_model, record, report, run
 from perp.errors import UserError
+from perp.finished import Finished
 from perp.lock import LOCK, locked
 from perp.optim import AdamW
-from perp.retrain_state import Checkpoints
 from perp.settings import RunSettings
-from perp.stages import Stage
 from perp.streamed_run import StreamedJob
 
 from . import families, tiny
@@ -143,8 +143,8 @@ def run_until(job: RunSettings, monkeypatch, units: int) -> None:
         return then_stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "write_unit", counted(Stage.write_unit))
-        patch.setattr(Stage, "write_block", counted(Stage.write_block))
+        patch.setattr(Finished, "write_unit", counted(Finished.write_unit))
+        patch.setattr(Finished, "write_block", counted(Finished.write_block))
         with pytest.raises(KeyboardInterrupt):
             run.run(job)
 
@@ -175,7 +175,7 @@ def test_another_run_is_refused_naming_the_setting(settings, tmp_path, monkeypat
             run.run(changed)
     assert hashes(tmp_path / "out") == before
     run.run(replace(job, epochs=2, overwrite=True))
-    assert not resume.unfinished(tmp_path / "out")
+    assert not record.unfinished(tmp_path / "out")
 
 
 def test_shards_changed_between_runs_are_refused(settings, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ _UNIT = "perp-unit"
 _MASK = "mask:"
 
 
-class Stage:
+class Finished:
     """`made`: how many units this process has finished here, told by tests and by the run's last line."""
 
     def __init__(self, directory: Path) -> None:
