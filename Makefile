@@ -20,8 +20,9 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(SOU
 demo: install
 	$(BIN)/perp demo --out runs/demo
 
+# Two processes of one thread each: a test of a small model leaves a second thread idle.
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 check: install
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,11 +13,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import limits, machine, registry, results, table
+from bench import device, limits, machine, registry, results, table
 from bench.measure import measure
 from bench.registry import Case
 from bench.timing import Effort
 
+# A GPU's clock needs fewer seconds; the published column loop takes seconds a call.
+ON_GPU = Effort(seconds=0.3, rounds=11, warmup=2, most_seconds=10)
 QUICK = Effort(seconds=0.1, rounds=3, warmup=1, most_seconds=5)
 WIDTH = 180
 TESTS = machine.ROOT / "tests" / "perp_kernels"
@@ -24,13 +27,21 @@ TESTS = machine.ROOT / "tests" / "perp_kernels"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where an op's own check failed, 2 for a wrong option."""
+    started = time.monotonic()
     options = _parser().parse_args(arguments)
+    device.use(options.device)
     ops = registry.load()
     chosen = options.op.split(",") if options.op else list(ops)
     if unknown := [name for name in chosen if name not in ops]:
         print(f"there is no op {unknown[0]!r} to measure: choose among {', '.join(ops)}.", file=sys.stderr)
         return 2
-    cases = {name: [case for case in ops[name].cases if case.quick or not options.quick] for name in chosen}
+    on_gpu = options.gpu_cases or device.on_gpu()
+    listed = {name: ops[name].gpu_cases if on_gpu else ops[name].cases for name in chosen}
+    # The smallest shape of a GPU's is there to rehearse with.
+    cases = {
+        name: [case for case in of_op if case.quick == options.quick or (case.quick and not on_gpu)]
+        for name, of_op in listed.items()
+    }
     if options.list:
         for case in (case for name in chosen for case in cases[name]):
             print(_named(case), "against", ", ".join(case.peers))
@@ -38,17 +49,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     # A quick run's figures are rough: they never replace those of a full one unasked.
-    out = options.out or (None if options.quick else results.FOLDER / f"{machine.slug(machine.cpu_name())}.json")
+    out = options.out or (None if options.quick else results.FOLDER / machine.results_name())
     # A table that wraps is no table: away from a terminal there is no width to keep to.
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
 
     complaints: list[str] = []
+    effort = QUICK if options.quick else ON_GPU if device.on_gpu() else Effort()
     for name in chosen:
-        tests_passed = options.verify and _tests_pass(ops[name].tests)
+        tests_passed = options.tests_passed or (options.verify and _tests_pass(ops[name].tests))
         rows: list[results.Row] = []
         for case in cases[name]:
+            if options.seconds and time.monotonic() - started > options.seconds:
+                complaints.append(f"{_named(case)} is not measured: the time was up.")
+                continue
             print(_named(case), file=sys.stderr)
-            found, complaint = measure(case, QUICK if options.quick else Effort(), tests_passed)
+            try:
+                found, complaint = measure(case, effort, tests_passed)
+            except RuntimeError as error:
+                if not device.on_gpu():
+                    raise
+                # Of many shapes one may be too large for this GPU; the others are still worth their time.
+                complaints.append(f"{_named(case)} is not measured: {type(error).__name__}: {error}")
+                continue
             rows += found
             complaints += [f"{_named(case)} is wrong: {complaint}"] if complaint else []
         if out:
@@ -57,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(shown)
     computing = {case.dtype: None for name in chosen for case in cases[name] if case.work.flops}
     console.print(f"Limits are those of {limits.described(computing)}.")
-    if not options.verify:
+    if not options.verify and not options.tests_passed:
         console.print("Ratios are printed only with --verify, which runs each op's tests first.")
     if out:
         console.print(f"The rows are in {out}.")
@@ -80,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verify", action="store_true", help="run each op's tests first: ratios need them green")
     parser.add_argument("--out", type=Path, help="results file (default: bench/results/DEVICE.json)")
     parser.add_argument("--threads", type=int, help="threads of every contestant (default: torch's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured (default: cpu)")
+    parser.add_argument("--gpu-cases", action="store_true", help="the shapes of a GPU, on a CPU too: with --quick")
+    parser.add_argument("--tests-passed", action="store_true", help="the tests are known to pass: bench.gpu ran them")
+    parser.add_argument("--seconds", type=float, help="begin no case after so many")
     return parser
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import perp_kernels as pk
+from bench import device
 
 DISTINCT_ROWS = 64
 """Row masks drawn per weight and dealt at random: ranking a whole weight would take longer than measuring it."""
@@ -24,20 +25,21 @@ class PrunedWeight:
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    """Random numbers of the device that is measured."""
+    return torch.Generator(device.current()).manual_seed(seed)
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype, random: torch.Generator) -> Tensor:
     """Standard normal values: data of one sign or of zeros would run at other clocks than real data."""
-    return torch.randn(*shape, generator=random).to(dtype)
+    return torch.randn(*shape, generator=random, device=random.device).to(dtype)
 
 
 def mask(N: int, K: int, pattern: pk.Pattern, random: torch.Generator) -> Tensor:
     """Bool [N, K] with as many kept in each row (share) or in each group of M (N:M)."""
     group = pattern.m or K
-    order = torch.rand(DISTINCT_ROWS, K // group, group, generator=random).argsort(-1)
+    order = torch.rand(DISTINCT_ROWS, K // group, group, generator=random, device=random.device).argsort(-1)
     rows = (order >= pattern.pruned(group)).flatten(1)
-    return rows[torch.randint(DISTINCT_ROWS, (N,), generator=random)]
+    return rows[torch.randint(DISTINCT_ROWS, (N,), generator=random, device=random.device)]
 
 
 def pruned_weight(

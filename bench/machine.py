@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from bench import device as measured
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -20,9 +22,16 @@ def cpu_name() -> str:
 
 
 def device() -> str:
-    """What a row is measured on; the number of threads is part of it."""
+    """What a row is measured on: a GPU, or a CPU with its number of threads."""
+    if measured.on_gpu():
+        return measured.name()
     threads = torch.get_num_threads()
     return f"{cpu_name()}, {threads} thread{'s' if threads != 1 else ''}"
+
+
+def results_name() -> str:
+    """The name of this machine's results file."""
+    return f"{slug(measured.name() if measured.on_gpu() else cpu_name())}.json"
 
 
 def slug(name: str) -> str:

@@ -12,11 +12,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import device
 from perp.machine import peak, reset_peak, resident
 from perp_kernels.cpu import tiles
 
 NAMESPACE = "perp_kernels"
-CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+KEYS = {
+    "cpu": torch._C.DispatchKeySet(torch._C.DispatchKey.CPU),
+    "cuda": torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),
+}
 
 
 class StorageTimeline(TorchDispatchMode):
@@ -41,7 +45,7 @@ class StorageTimeline(TorchDispatchMode):
         if func.namespace == NAMESPACE:
             # Called by its key, the op does not come back here, while the operators of its implementation do.
             with self:
-                result = func.redispatch(CPU, *args, **kwargs)
+                result = func.redispatch(KEYS[device.current().type], *args, **kwargs)
         else:
             result = func(*args, **kwargs)
         for storage in storages(result):

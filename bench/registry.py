@@ -63,7 +63,8 @@ class Case:
     op: the name perp_kernels knows it by; shape: `KEY=VALUE` words (T tokens, N outputs, K inputs, r rank).
     make: builds an argument set from a seed; no two sets share a storage. ours and peers take one and return what they
     computed. check: raises AssertionError where ours is wrong against a float64 reference on a given argument set.
-    targets: all of them are to be met. quick: part of the short selection.
+    targets: all of them are to be met. quick: part of the short selection. bound: what any implementation has to do,
+    timed beside the contestants; it is the limit then, in the place of `work`. most: milliseconds that ours may take.
     """
 
     op: str
@@ -77,15 +78,22 @@ class Case:
     targets: tuple[Target, ...] = ()
     memory: Memory | None = None
     quick: bool = False
+    bound: Contestant | None = None
+    most: float | None = None
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op's cases, and the test files under tests/perp_kernels that must be green for its speed-ups to count."""
+    """An op's cases, and the test files under tests/perp_kernels that must be green for its speed-ups to count.
+
+    gpu_cases are measured by `make gpu`, and gpu_tests, under tests/perp_kernels/triton/kernels, gate them.
+    """
 
     name: str
-    cases: Sequence[Case]
-    tests: tuple[str, ...]
+    cases: Sequence[Case] = ()
+    tests: tuple[str, ...] = ()
+    gpu_cases: Sequence[Case] = ()
+    gpu_tests: tuple[str, ...] = ()
 
 
 def load() -> dict[str, Op]:

@@ -38,6 +38,7 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.int64: "*i64",
     torch.int8: "*i8",
+    torch.int32: "*i32",
 }
 
 
@@ -54,8 +55,8 @@ class Compiled:
     shared: int
 
 
-def compile_launch(launched: Launch, target: Target) -> Compiled:
-    """Compile what Triton would compile for this launch: integers that are 1 or divisible by 16 are known to be so."""
+def built(launched: Launch, target: Target) -> Any:
+    """What Triton would compile for this launch: integers that are 1 or divisible by 16 are known to be so."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -79,9 +80,14 @@ def compile_launch(launched: Launch, target: Target) -> Compiled:
             divisible[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(launched.kernel, signature, known, divisible)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=options)
-    registers, spilled = _usage(built.asm["cubin"])
-    found = [i for i in TENSOR_CORE[target.arch] if i in built.asm["ptx"]]
+    return triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=options)
+
+
+def compile_launch(launched: Launch, target: Target) -> Compiled:
+    """Compile a launch, and read off what it takes."""
+    compiled, config = built(launched, target), launched.config
+    registers, spilled = _usage(compiled.asm["cubin"])
+    found = [i for i in TENSOR_CORE[target.arch] if i in compiled.asm["ptx"]]
     tiles = " ".join(f"{name}={value}" for name, value in config.tiles.items())
     return Compiled(
         launched.kernel.__name__,
@@ -90,7 +96,7 @@ def compile_launch(launched: Launch, target: Target) -> Compiled:
         found[0] if found else "",
         registers,
         spilled,
-        built.metadata.shared,
+        compiled.metadata.shared,
     )
 
 
@@ -129,16 +135,7 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, a call of an op's launcher) at shapes that the benchmarks report."""
-    from perp_kernels.triton import (
-        gram,
-        masked_lora_linear,
-        merge,
-        scale_lora_linear,
-        select,
-        sparse_linear,
-        sparsegpt,
-        unpack,
-    )
+    from perp_kernels.triton import adapted, gram, select, sparse_linear, sparsegpt, swap_round, unpack
 
     for K in (4096, 14336):
         H = torch.empty(K, K, device="meta")
@@ -147,12 +144,18 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Callable[[
         scores = _rows(N, K, torch.float32)
         yield f"select 2:4 {N}x{K}", _call(select.choose, scores, Pattern.parse("2:4"))
         yield f"select 0.5/row {N}x{K}", _call(select.choose, scores, Pattern.parse("0.5/row"))
+    weight, norms = _rows(4096, 4096, dtype), torch.empty(4096, device="meta")
+    for pattern in ("2:4", "0.5/row"):
+        yield f"wanda_select {pattern} 4096x4096", _call(select.choose, weight, Pattern.parse(pattern), norms)
     columns, factor, errors = (
         _rows(rows, K, torch.float32)[:, :128] for rows, K in ((4096, 4096), (128, 128), (4096, 128))
     )
     kept = columns.new_empty(4096, 4096, dtype=torch.bool)[:, :128]
     for pattern in ("2:4", "0.5/row"):
         yield f"sparsegpt {pattern} b=128", _call(sparsegpt.sparsegpt_block_, columns, factor, pattern, errors, kept)
+    for N, K, pattern in ((1024, 4096, "0.6"), (4096, 14336, "0.6"), (4096, 4096, "2:4")):
+        state = _rows(N, K, dtype), _rows(N, K, torch.bool), _rows(N, K, torch.float32), _rows(K, K, torch.float32)
+        yield f"swap_round_ {pattern} {N}x{K}", _call(swap_round.swap_round_, *state, pattern)
     N, K, T = 4096, 11008, 4096
     shape, dy, x = [N, K], _rows(T, N, dtype), _rows(T, K, dtype)
     for layout in ("bitmap", "semi24"):
@@ -178,15 +181,36 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Callable[[
             suffix = f"{layout} r={r}" + (" fp32" if adapters != dtype else "")
             yield (
                 f"masked_lora_linear {suffix}",
-                _call(masked_lora_linear.masked_lora_linear_backward, dy, x, *w, shape, A, B, 1.5, None, needs),
+                _call(adapted.masked_lora_linear_backward, dy, x, *w, shape, A, B, 1.5, None, needs),
             )
             if layout == "bitmap":
-                yield f"add_lowrank_ {suffix}", _call(merge.add_lowrank_, *w, shape, A, B, 1.5)
+                yield f"add_lowrank_ {suffix}", _call(adapted.add_lowrank_, *w, shape, A, B, 1.5)
         A, B = _rows(16, K, dtype), _rows(N, 16, dtype)
         yield (
             f"scale_lora_linear {layout} r=16",
-            _call(scale_lora_linear.scale_lora_linear_backward, dy, x, *w, shape, A, B, None, needs),
+            _call(adapted.scale_lora_linear_backward, dy, x, *w, shape, A, B, None, needs),
         )
+
+
+def single(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Calls of the launchers at sizes of one: an output, a token, a rank, a byte of index."""
+    from perp_kernels.triton import adapted, gram, select, sparse_linear, sparsegpt, unpack
+
+    N, K, T, r = 1, 8, 1, 1
+    shape, x, dy, needs = [N, K], _rows(T, K, dtype), _rows(T, N, dtype), [True, True, True, False]
+    for layout in ("bitmap", "dense"):
+        w = _weight(N, K, layout, dtype)
+        A, B = _rows(r, K, dtype), _rows(N, r, dtype)
+        yield _call(adapted.masked_lora_linear_backward, dy, x, *w, shape, A, B, 1.0, None, needs)
+        yield _call(adapted.scale_lora_linear_backward, dy, x, *w, shape, A, B, None, needs)
+        yield _call(adapted.add_lowrank_, *w, shape, A, B, 1.0)
+        yield _call(sparse_linear.sparse_linear, x, *w, shape, None, None)
+        yield _call(sparse_linear.sparse_linear_backward, dy, x, *w, shape, None, [False, True, False])
+        yield _call(unpack.unpack, *w[:3], K, layout)
+    yield _call(gram.gram_, torch.empty(1, 1, device="meta"), _rows(1, 1, dtype), None)
+    yield _call(select.choose, _rows(1, 1, torch.float32), Pattern.parse("0.5/row"))
+    block = _rows(1, 1, torch.float32)
+    yield _call(sparsegpt.sparsegpt_block_, block, block, "0.5/row", block, block.new_empty(1, 1, dtype=torch.bool))
 
 
 def launches(call: Callable[[], Any], target: Target) -> list[Launch]:

@@ -12,6 +12,7 @@ from bench.results import Row
 
 _WHAT = {
     ("", "ms"): "milliseconds",
+    ("", "s"): "seconds",
     ("", "tokens/s"): "tokens per second",
     ("", "bytes"): "extra memory over eight chained layers",
     ("generate", "bytes"): "resident memory above the imports and the tokenizer",

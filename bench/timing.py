@@ -11,8 +11,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from bench import device
 from bench.registry import Arguments, Contestant
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -25,6 +30,45 @@ def last_level_cache_bytes(caches: Path = CACHES) -> int:
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = [path.read_text().strip() for path in sorted(caches.glob("index*/size"))]
     return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=FALLBACK_CACHE_BYTES)
+
+
+def cache_bytes() -> int:
+    """Size of the cache before the memory of the device that is measured."""
+    if device.on_gpu():
+        return int(torch.cuda.get_device_properties(device.current()).L2_cache_size)
+    return last_level_cache_bytes()
+
+
+Stopwatch = Callable[[Callable[[], Any]], float]
+"""Seconds that one call takes."""
+
+SPIN_CYCLES = 3_000_000
+"""Two milliseconds of a GPU: longer than the host takes to queue any call that does not wait for the GPU itself."""
+
+
+def wall(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
+    result = call()
+    elapsed = clock() - start
+    del result
+    return elapsed
+
+
+def between_events(call: Callable[[], Any]) -> float:
+    """By the GPU's clock, without the host's work: the GPU is kept busy until the call's kernels are queued."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SPIN_CYCLES)
+    start.record()
+    result = call()
+    end.record()
+    end.synchronize()
+    del result
+    return start.elapsed_time(end) / 1e3
+
+
+def stopwatch() -> Stopwatch:
+    """That of the device that is measured."""
+    return between_events if device.on_gpu() else wall
 
 
 def sets_needed(bytes_touched: int, contestants: int, cache_bytes: int) -> int:
@@ -57,8 +101,10 @@ def interleave(
     sets: Sequence[Arguments],
     effort: Effort,
     clock: Callable[[], float] = time.perf_counter,
+    elapsed: Stopwatch | None = None,
 ) -> dict[str, float]:
-    """Median milliseconds of one call, per contestant."""
+    """Median milliseconds of one call, per contestant, by `elapsed`, or by the clock that the effort is counted on."""
+    elapsed = elapsed or partial(wall, clock=clock)
     if math.gcd(len(sets), len(contestants)) != 1:
         raise ValueError(
             f"{len(sets)} argument sets shared by {len(contestants)} contestants: each must meet every set."
@@ -71,12 +117,9 @@ def interleave(
         for name, call in contestants.items():
             arguments = sets[turn % len(sets)]
             turn += 1
-            start = clock()
-            result = call(arguments)
-            elapsed = clock() - start
-            del result
+            seconds = elapsed(partial(call, arguments))
             if record:
-                times[name].append(1e3 * elapsed)
+                times[name].append(1e3 * seconds)
 
     for _ in range(effort.warmup):
         round_of_calls(record=False)

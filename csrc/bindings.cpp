@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
   bind_pack(m);
   bind_select(m);
   bind_sparsegpt(m);
+  bind_swap_round(m);
   bind_weight(m);
   bind_tile(m);
 }

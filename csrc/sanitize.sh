@@ -12,4 +12,4 @@ export PERP_SANITIZE=address,undefined
 # interpreter and torch keep what they allocate at start-up. -P and `pythonpath` keep the plain build out of sys.path.
 LD_PRELOAD="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
-    "$PYTHON" -P -m pytest -q -o pythonpath=build/sanitize/lib -p no:cacheprovider tests/perp_kernels/test_native*.py "$@"
+    "$PYTHON" -P -m pytest -q -n 2 -o pythonpath=build/sanitize/lib -p no:cacheprovider tests/perp_kernels/test_native*.py "$@"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch import Tensor
 import perp_kernels as pk
 from bench import peers
 from bench.inputs import PrunedWeight, check_close, generator, normal, pruned_weight
-from bench.registry import LAYERS, Case, Memory, Op, Target, Work
+from bench.registry import LAYERS, LIMIT, Case, Memory, Op, Target, Work
 
 RANK, SCALE = 16, 2.0
 MEMORY_TOKENS = 128  # what grows with the tokens are inputs and outputs, which are not extra
 PATTERN = "0.5"
 PUBLISHED = "published layer"
+COMPILED = "published, compiled"
 SHARE_OF_TIME = {128: 1 / 1.3, 512: 1 / 1.1, 2048: 1.0}
 """Of the published layer's, at most, by tokens: the large float32 layer has targets."""
 Layer = Callable[[Tensor, PrunedWeight, Tensor, Tensor], Tensor]
@@ -46,6 +47,16 @@ def published(x: Tensor, weight: PrunedWeight, A: Tensor, B: Tensor) -> Tensor:
     return peers.published_masked_lora(x, weight.dense, A, B, SCALE)
 
 
+def compiled(x: Tensor, weight: PrunedWeight, A: Tensor, B: Tensor) -> Tensor:
+    return peers.compiled_masked_lora()(x, weight.dense, A, B, SCALE)
+
+
+def products(arguments: Arguments) -> list[Tensor]:
+    """The three products alone: y, and the gradients of x and of the weight."""
+    x, W, g = arguments.x.detach(), arguments.layers[0].weight.dense, arguments.g
+    return [x @ W.T, g @ W, g.T @ x]
+
+
 def forward_backward(layer: Layer) -> Callable[[Arguments], list[Tensor]]:
     """Outputs of every layer, then the gradients of every layer's input and adapters."""
 
@@ -59,7 +70,9 @@ def forward_backward(layer: Layer) -> Callable[[Arguments], list[Tensor]]:
     return run
 
 
-def make(T: int, N: int, K: int, dtype: torch.dtype, layout: str, count: int) -> Callable[[int], Arguments]:
+def make(
+    T: int, N: int, K: int, dtype: torch.dtype, layout: str, count: int, adapters: torch.dtype = torch.float32
+) -> Callable[[int], Arguments]:
     """A chain of `count` layers N x K, every second transposed so that they fit; equal shapes share a frozen weight."""
 
     def build(seed: int) -> Arguments:
@@ -69,8 +82,8 @@ def make(T: int, N: int, K: int, dtype: torch.dtype, layout: str, count: int) ->
         layers = [
             Adapter(
                 weights[rows, columns],
-                (normal((RANK, columns), torch.float32, random) / columns**0.5).requires_grad_(),
-                (normal((rows, RANK), torch.float32, random) / RANK).requires_grad_(),
+                (normal((RANK, columns), torch.float32, random) / columns**0.5).to(adapters).requires_grad_(),
+                (normal((rows, RANK), torch.float32, random) / RANK).to(adapters).requires_grad_(),
             )
             for rows, columns in shapes
         ]
@@ -120,6 +133,39 @@ def case(T: int, N: int, K: int, dtype: torch.dtype, layout: str = "dense", quic
     )
 
 
+GPU_RATIOS = {4096: (1.12, 1 / 1.25, 1 / 1.05), 1024: (1.35, 1 / 1.7, 1 / 1.2)}
+"""By tokens: of the time of the three products, of the published layer's and of its compiled form's, at most."""
+
+
+def gpu_case(T: int, N: int, K: int, layout: str = "bitmap", quick: bool = False) -> Case:
+    """In bfloat16, adapters too. The memory is that of as many tokens as are timed."""
+    dtype = torch.bfloat16
+    general = case(T, N, K, dtype, layout, quick)
+    ratios = zip((LIMIT, PUBLISHED, COMPILED), GPU_RATIOS.get(T, ()), strict=False)
+    runs = {PUBLISHED: forward_backward(published), COMPILED: forward_backward(compiled)}
+    chain = Memory(
+        make=make(T, N, K, dtype, layout, LAYERS, dtype),
+        ours=general.ours,
+        peers={PUBLISHED: runs[PUBLISHED]},
+        targets=() if quick else (Target(PUBLISHED, 1 / 8),),
+    )
+    return replace(
+        general,
+        shape=f"{general.shape} adapters=bf16",
+        make=make(T, N, K, dtype, layout, 1, dtype),
+        peers=runs,
+        bound=products,
+        targets=tuple(Target(peer, ratio) for peer, ratio in ratios),
+        memory=chain if quick or T == 1024 else None,
+    )
+
+
+GPU_SHAPES = ((4096, 4096), (4096, 11008), (5120, 13824), (8192, 28672))
+GPU_CASES = [
+    gpu_case(32, 48, 96, quick=True),
+    *(gpu_case(T, N, K) for T in (4096, 1024) for N, K in GPU_SHAPES),
+    gpu_case(4096, 4096, 4096, layout="dense"),
+]
 OPS = [
     Op(
         "masked_lora_linear",
@@ -129,5 +175,7 @@ OPS = [
             case(512, 4096, 4096, torch.float32, layout="bitmap"),
         ],
         tests=("test_masked_lora_linear.py", "test_native_tile.py", "test_memory.py"),
+        gpu_cases=GPU_CASES,
+        gpu_tests=("test_adapted.py", "test_registered.py", "test_launched.py"),
     )
 ]

@@ -74,7 +74,18 @@ BOTH = [
     *(cases(4096, 4096, dtype, layout) for dtype in (torch.float32, torch.bfloat16) for layout in ("bitmap", "semi24")),
     cases(11008, 4096, torch.bfloat16, "bitmap"),
 ]
+ON_GPU = [
+    cases(96, 256, torch.bfloat16, "bitmap", quick=True),
+    *(cases(N, K, torch.bfloat16, "bitmap") for N, K in ((4096, 4096), (4096, 11008), (8192, 28672))),
+    cases(4096, 11008, torch.bfloat16, "semi24"),
+]
 OPS = [
     Op("pack", [pack for pack, _ in BOTH], tests=("test_layouts.py", "test_native_pack.py")),
-    Op("unpack", [unpack for _, unpack in BOTH], tests=("test_layouts.py", "test_native_pack.py")),
+    Op(
+        "unpack",
+        [unpack for _, unpack in BOTH],
+        tests=("test_layouts.py", "test_native_pack.py"),
+        gpu_cases=[unpack for _, unpack in ON_GPU],
+        gpu_tests=("test_linear.py", "test_launched.py"),
+    ),
 ]

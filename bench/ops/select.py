@@ -33,5 +33,10 @@ OPS = [
         "select",
         [case(576, 1536, "0.5/row", quick=True), *(case(4096, 4096, text) for text in PATTERNS)],
         tests=("test_select.py", "test_native_select.py"),
+        gpu_cases=[
+            case(96, 256, "2:4", quick=True),
+            *(case(N, K, text) for N, K in ((4096, 4096), (14336, 4096), (4096, 14336)) for text in ("2:4", "0.5/row")),
+        ],
+        gpu_tests=("test_pruning.py",),
     )
 ]

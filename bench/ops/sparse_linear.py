@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,26 @@ def case(T: int, N: int, K: int, dtype: torch.dtype, layout: str, quick: bool = 
     )
 
 
+# Where the dense weight is much larger than a GPU's cache, its bytes are what a few tokens wait for.
+LARGE_BYTES = 80 << 20
+
+
+def gpu_case(T: int, N: int, K: int, layout: str = "bitmap", quick: bool = False) -> Case:
+    general = case(T, N, K, torch.bfloat16, layout, quick)
+    if T <= 16:
+        ratio = 1.3 if 2 * N * K >= LARGE_BYTES else 1.0
+    else:
+        ratio = 0.92 if T >= 4096 else 0.84
+    return replace(general, peers={DENSE: dense}, targets=() if quick else (Target(DENSE, 1 / ratio),))
+
+
+GPU_SHAPES = ((4096, 4096), (11008, 4096), (8192, 28672))
+GPU_CASES = [
+    gpu_case(8, 96, 256, quick=True),
+    *(gpu_case(T, N, K) for N, K in GPU_SHAPES for T in (1, 8, 16, 2048, 4096)),
+    *(gpu_case(T, 4096, 4096, "semi24") for T in (1, 16, 4096)),
+]
+
 ROUNDS = 8
 TOGETHER = "the same calls, torch's first"
 
@@ -148,5 +168,7 @@ OPS = [
             pool_case(4096, 4096),
         ],
         tests=("test_sparse_linear.py", "test_native_sparse_linear.py"),
+        gpu_cases=GPU_CASES,
+        gpu_tests=("test_linear.py", "test_registered.py", "test_launched.py"),
     )
 ]

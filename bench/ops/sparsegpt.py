@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,8 @@ def make_blocks(N: int, K: int, seed: int) -> Blocks:
 def prune_blocks(blocks: Blocks, pattern: pk.Pattern) -> list[Pruned]:
     results = []
     for weight, factor in zip(blocks.weights, blocks.factors, strict=True):
-        result = Pruned(weight.clone(), torch.empty_like(weight), torch.empty(weight.shape, dtype=torch.bool))
+        kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        result = Pruned(weight.clone(), torch.empty_like(weight), kept)
         sparsegpt_block_(result.weights, factor, str(pattern), result.errors, result.kept)
         results.append(result)
     return results
@@ -104,7 +106,8 @@ def check_blocks(blocks: Blocks, pattern: pk.Pattern) -> None:
             raise AssertionError(f"a block's squared error is {error:.6g}, the loop's {due:.6g}")
 
 
-def block_case(N: int, K: int, text: str, quick: bool = False) -> Case:
+def block_case(N: int, K: int, text: str, quick: bool = False, share: float = 1 / 10) -> Case:
+    """`share` of the loop's time is what ours may take at most."""
     pattern = pk.Pattern.parse(text)
     return Case(
         op="sparsegpt_block_",
@@ -116,7 +119,7 @@ def block_case(N: int, K: int, text: str, quick: bool = False) -> Case:
         # Weights are read and written, errors and masks written; each column is subtracted from those after it.
         work=Work(bytes=N * K * (3 * 4 + 1), flops=N * K * (peers.SLAB - 1)),
         check=lambda blocks: check_blocks(blocks, pattern),
-        targets=() if quick else (Target(LOOP, 1 / 10),),
+        targets=() if quick else (Target(LOOP, share),),
         quick=quick,
     )
 
@@ -138,6 +141,46 @@ def case(N: int, K: int, text: str, targets: tuple[Target, ...] = (), quick: boo
     )
 
 
+# The linears of a decoder block of a model of 7B parameters, N x K.
+BLOCK_7B = (*(4 * ((4096, 4096),)), *(2 * ((11008, 4096),)), (4096, 11008))
+BLOCKS_7B = 32
+MODEL_MS = 12_000.0
+"""What all linears of such a model may take."""
+
+
+def whole_block_case(shapes: Sequence[tuple[int, int]], text: str, name: str, most: float | None = None) -> Case:
+    """The solves of every linear of a decoder block."""
+    pattern = pk.Pattern.parse(text)
+    parts = [case(N, K, text) for N, K in shapes]
+
+    def check_each(linears: Sequence[Arguments]) -> None:
+        for linear in linears:
+            check(linear, pattern)
+
+    return Case(
+        op="sparsegpt",
+        shape=f"layers={name} pattern={text}",
+        dtype=torch.float32,
+        make=lambda seed: [part.make(len(parts) * seed + index) for index, part in enumerate(parts)],
+        ours=lambda linears: [pk.sparsegpt(linear.weight, linear.H, pattern) for linear in linears],
+        peers={LOOP: lambda linears: [peers.sparsegpt(linear.weight, linear.H, pattern) for linear in linears]},
+        work=Work(bytes=sum(p.work.bytes for p in parts), flops=sum(p.work.flops for p in parts)),
+        check=check_each,
+        most=most,
+    )
+
+
+GPU_SHAPES = ((4096, 4096), (4096, 11008))
+GPU_CASES = [
+    case(96, 128, "2:4", quick=True),
+    *(case(N, K, text, (Target(LOOP, 1 / (15 if N == K else 6)),)) for N, K in GPU_SHAPES for text in ("0.5", "2:4")),
+    *(whole_block_case(BLOCK_7B, text, "7B-block", MODEL_MS / BLOCKS_7B) for text in ("0.5", "2:4")),
+]
+GPU_BLOCK_CASES = [
+    block_case(96, 256, "2:4", quick=True),
+    *(block_case(N, K, text, share=1 / 20) for N, K in GPU_SHAPES for text in ("0.5", "2:4")),
+]
+GPU_TESTS = ("test_pruning.py",)
 TESTS = ("test_sparsegpt.py", "test_native_sparsegpt.py")
 OPS = [
     Op(
@@ -148,10 +191,14 @@ OPS = [
             *(case(4096, 4096, text, (Target(LOOP, 1 / 3),)) for text in ("0.5", "2:4")),
         ],
         tests=TESTS,
+        gpu_cases=GPU_CASES,
+        gpu_tests=GPU_TESTS,
     ),
     Op(
         "sparsegpt_block_",
         [block_case(576, 256, "0.5", quick=True), *(block_case(4096, 4096, text) for text in ("0.5", "2:4"))],
         tests=TESTS,
+        gpu_cases=GPU_BLOCK_CASES,
+        gpu_tests=GPU_TESTS,
     ),
 ]

@@ -18,6 +18,7 @@ void bind_gram(pybind11::module_& m);
 void bind_pack(pybind11::module_& m);
 void bind_select(pybind11::module_& m);
 void bind_sparsegpt(pybind11::module_& m);
+void bind_swap_round(pybind11::module_& m);
 void bind_weight(pybind11::module_& m);
 void bind_tile(pybind11::module_& m);
 

@@ -34,12 +34,24 @@ bool select_jointly_checked(const View& scores, std::int64_t pruned, const View&
   return select_jointly(s, pruned);
 }
 
+bool wanda_select_checked(const View& weight, const View& norms, std::int64_t group, std::int64_t pruned, const View& kept) {
+  weight.typed("weight", {DType::bf16, DType::f16, DType::f32});
+  const Scores s = checked(weight, kept);
+  norms.typed("norms", {DType::f32}).sized("norms", {s.columns}).contiguous("norms");
+  if (s.columns == 0) return true;
+  if (group < 1 || s.columns % group != 0) refuse(std::to_string(s.columns) + " columns do not divide into groups of " + std::to_string(group));
+  check_pruned(pruned, group);
+  if (pruned == 0) refuse("a weight of which nothing is pruned has no scores to rank");
+  return select_weighted(s, norms.as<const float>(), group, pruned);
+}
+
 }  // namespace
 
 void bind_select(pybind11::module_& m) {
   using pybind11::arg;
   m.def("select_rows", &select_rows_checked, arg("scores"), arg("pruned"), arg("kept"), Release());
   m.def("select_groups", &select_groups_checked, arg("scores"), arg("group"), arg("pruned"), arg("kept"), Release());
+  m.def("wanda_select", &wanda_select_checked, arg("weight"), arg("norms"), arg("group"), arg("pruned"), arg("kept"), Release());
   m.def("select_jointly", &select_jointly_checked, arg("scores"), arg("pruned"), arg("kept"), Release());
 }
 

@@ -1,6 +1,7 @@
 #include "cpu/select.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -58,11 +59,17 @@ PERP_AVX512 bool row_avx512(const T* scores, std::int64_t count, std::int64_t pr
 #endif
 
 template <class T>
-bool rows_of(const Scores& s, std::int64_t pruned) {
+auto row_ranker() {
   auto* rank = &row_portable<T>;
 #if PERP_X86
   if (use_avx512()) rank = &row_avx512<T>;
 #endif
+  return rank;
+}
+
+template <class T>
+bool rows_of(const Scores& s, std::int64_t pruned) {
+  auto* rank = row_ranker<T>();
   return all_rows(s, [&](std::int64_t r) {
     thread_local Scratch scratch;
     auto* keys = scratch.get<typename Ranked<T>::Key>(s.columns);
@@ -135,7 +142,7 @@ PERP_AVX512 bool groups_avx512(const T* scores, std::int64_t count, std::int64_t
 #endif
 
 template <class T>
-bool groups_of(const Scores& s, std::int64_t group, std::int64_t pruned) {
+auto group_ranker([[maybe_unused]] std::int64_t group) {
   auto* rank = &groups_portable<T>;
 #if PERP_X86
   if constexpr (!Ranked<T>::kDouble) {
@@ -147,6 +154,12 @@ bool groups_of(const Scores& s, std::int64_t group, std::int64_t pruned) {
     }
   }
 #endif
+  return rank;
+}
+
+template <class T>
+bool groups_of(const Scores& s, std::int64_t group, std::int64_t pruned) {
+  auto* rank = group_ranker<T>(group);
   return all_rows(s, [&](std::int64_t r) {
     thread_local Scratch scratch;
     auto* keys = scratch.get<typename Ranked<T>::Key>(s.columns);
@@ -154,7 +167,52 @@ bool groups_of(const Scores& s, std::int64_t group, std::int64_t pruned) {
   });
 }
 
+// ---- scores that are formed row by row ----
+
+template <class T>
+PERP_INLINE void weigh(const T* weights, const float* norms, std::int64_t count, float* scores) {
+  for (std::int64_t j = 0; j < count; ++j) scores[j] = std::abs(to_float(weights[j])) * norms[j];
+}
+
+template <class T>
+void weigh_portable(const T* weights, const float* norms, std::int64_t count, float* scores) {
+  weigh(weights, norms, count, scores);
+}
+
+#if PERP_X86
+template <class T>
+PERP_AVX512 void weigh_avx512(const T* weights, const float* norms, std::int64_t count, float* scores) {
+  weigh(weights, norms, count, scores);
+}
+#endif
+
+template <class T>
+bool weighted_of(const Scores& s, const float* norms, std::int64_t group, std::int64_t pruned) {
+  auto* weigh_row = &weigh_portable<T>;
+#if PERP_X86
+  if (use_avx512()) weigh_row = &weigh_avx512<T>;
+#endif
+  auto* rank_row = row_ranker<float>();
+  auto* rank_groups = group_ranker<float>(group);
+  return all_rows(s, [&](std::int64_t r) {
+    thread_local Scratch score_scratch, key_scratch;
+    float* scores = score_scratch.get<float>(s.columns);
+    auto* keys = key_scratch.get<Ranked<float>::Key>(s.columns);
+    std::uint8_t* kept = s.kept + r * s.kept_stride;
+    weigh_row(static_cast<const T*>(s.data) + r * s.stride, norms, s.columns, scores);
+    return group == s.columns ? rank_row(scores, s.columns, pruned, keys, kept)
+                              : rank_groups(scores, s.columns, group, pruned, keys, kept);
+  });
+}
+
 }  // namespace
+
+bool select_weighted(const Scores& scores, const float* norms, std::int64_t group, std::int64_t pruned) {
+  if (scores.columns == 0) return true;
+  if (scores.dtype == DType::bf16) return weighted_of<bf16>(scores, norms, group, pruned);
+  if (scores.dtype == DType::f16) return weighted_of<f16>(scores, norms, group, pruned);
+  return weighted_of<float>(scores, norms, group, pruned);
+}
 
 bool select_rows(const Scores& scores, std::int64_t pruned) {
   if (scores.columns == 0) return true;

@@ -28,6 +28,10 @@ bool select_rows(const Scores& scores, std::int64_t pruned);
 // Prunes the `pruned` lowest of each `group` consecutive columns of a row; `group` divides the columns.
 bool select_groups(const Scores& scores, std::int64_t group, std::int64_t pruned);
 
+// Prunes the `pruned` lowest of |scores| * norms, formed in float, of each `group` consecutive columns of a row; `group`
+// divides the columns, 1 <= pruned <= group. The scores are bf16, f16 or f32.
+bool select_weighted(const Scores& scores, const float* norms, std::int64_t group, std::int64_t pruned);
+
 // Prunes the `pruned` lowest of all, 0 <= pruned <= rows * columns.
 bool select_jointly(const Scores& scores, std::int64_t pruned);
 

@@ -18,9 +18,9 @@ from typing import Any
 # Before `_C`, so that the loader gives `_C` the OpenMP runtime torch has brought: one thread pool in the process.
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from perp_kernels import dispatch
+from perp_kernels.ops._library import written as written
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -71,13 +71,6 @@ def by_rows(matrix: Tensor) -> Tensor:
     rows, columns = matrix.shape
     apart = rows <= 1 or matrix.stride(0) >= columns
     return matrix if apart and (columns <= 1 or matrix.stride(1) == 1) else matrix.contiguous()
-
-
-def written(*tensors: Tensor) -> None:
-    """Tell autograd of what the extension has written, which torch does not see."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            increment_version(tensor)
 
 
 def matrix(name: str, tensor: Tensor, rows: int, columns: int) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perp_kernels.cpu import native
 from perp_kernels.ops import _walk
-from perp_kernels.ops._adapted import widened
+from perp_kernels.ops._adapted import Effect, widened
 from perp_kernels.ops._walk import Tile
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -81,12 +81,11 @@ class Tiles:
 
 
 class AdaptedTiles(Tiles):
-    """The effective weight of an adapter in tiles: "add" is W + scale * M * (B A), "multiply" is W * (B A)."""
+    """The effective weight of an adapter in tiles."""
 
     def __init__(
         self,
-        effect: str,
-        scale: float,
+        effect: Effect,
         values: Tensor,
         index: Tensor,
         row_ptr: Tensor | None,
@@ -96,7 +95,7 @@ class AdaptedTiles(Tiles):
         B: Tensor,
     ) -> None:
         super().__init__(values, index, row_ptr, layout, shape)
-        self._effect, self._scale = effect, scale
+        self._effect = effect
         self._A, self._B = (factor.contiguous() for factor in widened(A, B, shape, values.dtype))
 
     def form(self, expert: int, tile: Tile) -> Tensor:
@@ -112,7 +111,7 @@ class AdaptedTiles(Tiles):
     def _call(self, kernel: Callable[..., None], expert: int, tile: Tile, *views: object) -> None:
         A = native.view("A", self._A[expert, :, tile.columns])
         B = native.view("B", self._B[expert, tile.rows])
-        kernel(self._handle, *self.at(expert, tile), self._effect, self._scale, A, B, *views)
+        kernel(self._handle, *self.at(expert, tile), self._effect.name, self._effect.scale, A, B, *views)
 
 
 class DecodedTiles(Tiles):

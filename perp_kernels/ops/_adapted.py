@@ -7,7 +7,7 @@ W * P. A tile at a time, that weight is formed, used and dropped, and so is the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from perp_kernels.ops import _walk
+from perp_kernels.ops._library import written
 from perp_kernels.ops._rows import PackedRows, accumulation_dtype, clear_pruned_, row_chunks
 from perp_kernels.ops._walk import Tile
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Adapted(Protocol):
@@ -40,6 +43,10 @@ class Adapted(Protocol):
         """Add to dA [r, columns] and dB [rows, r] what the gradient dy^T x by the tile comes to."""
         ...
 
+
+class Stored(Adapted, Protocol):
+    """One that can also be written back."""
+
     def store(self, expert: int, tile: Tile, W: Tensor) -> None:
         """Overwrite the values of a tile of whole rows by W, which may be destroyed."""
         ...
@@ -47,6 +54,14 @@ class Adapted(Protocol):
 
 class Effect(Protocol):
     """How W and P make the effective weight; both methods work on rows start..stop of w."""
+
+    @property
+    def name(self) -> str:
+        """What the kernels call it."""
+        ...
+
+    @property
+    def scale(self) -> float: ...
 
     def rows(self, w: PackedRows, A: Tensor, B: Tensor, start: int, stop: int) -> Tensor:
         """Those rows of the effective weight for A [r, K] and B [rows, r]: a new tensor in their dtype, 0 if pruned."""
@@ -62,6 +77,7 @@ class Added:
     """W + scale * M * P."""
 
     scale: float
+    name: str = "add"
 
     def rows(self, w: PackedRows, A: Tensor, B: Tensor, start: int, stop: int) -> Tensor:
         W = w.dense(start, stop).to(A.dtype, copy=w.layout == "dense")
@@ -75,6 +91,9 @@ class Added:
 class Scaled:
     """W * P."""
 
+    scale: float = 1.0
+    name: str = "multiply"
+
     def rows(self, w: PackedRows, A: Tensor, B: Tensor, start: int, stop: int) -> Tensor:
         return clear_pruned_(torch.mm(B, A).mul_(w.dense(start, stop)), w.mask(start, stop))
 
@@ -85,9 +104,19 @@ class Scaled:
 class ReferenceAdapted:
     """An effective weight in plain torch, in tiles of whole rows."""
 
-    def __init__(self, effect: Effect, w: PackedRows, shape: list[int], A: Tensor, B: Tensor) -> None:
-        self._effect, self._w = effect, w
-        self._A, self._B = widened(A, B, shape, w.values.dtype)
+    def __init__(
+        self,
+        effect: Effect,
+        values: Tensor,
+        index: Tensor,
+        row_ptr: Tensor | None,
+        layout: str,
+        shape: list[int],
+        A: Tensor,
+        B: Tensor,
+    ) -> None:
+        self._effect, self._w = effect, PackedRows(values, index, row_ptr, layout, shape[-1])
+        self._A, self._B = widened(A, B, shape, values.dtype)
         self._N = shape[-2]
         self.row_tiles = self.sum_tiles = _walk.row_tiles(row_chunks(*shape[-2:]), shape[-1])
 
@@ -124,7 +153,7 @@ def backward(
     B: Tensor,
     offsets: Tensor | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Gradients of x [T, K], A, B and bias, each empty where `needs` does not ask for it.
 
     x may be None where neither that of A nor that of B is asked for. That of the bias is in the accumulation dtype.
@@ -163,7 +192,7 @@ def backward_fake(
     A: Tensor,
     B: Tensor,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """The fake of both ops: their schemas begin with these arguments and end in `needs`."""
     needs_x, needs_A, needs_B, needs_bias = rest[-1]
     K = shape[-1]
@@ -173,7 +202,7 @@ def backward_fake(
     return dx, dA, dB, dbias
 
 
-def merge_(w: Adapted, shape: list[int]) -> None:
+def merge_(w: Stored, shape: list[int]) -> None:
     """Overwrite the values by the effective weight, in the tiles of `forward` and hence to the same bits."""
     for expert in range(math.prod(shape[:-2])):
         for tile in w.row_tiles:
@@ -185,3 +214,113 @@ def widened(A: Tensor, B: Tensor, shape: list[int], dtype: torch.dtype) -> tuple
     *experts, N, K = shape
     E, r, wide = math.prod(experts), A.shape[-2], accumulation_dtype(dtype)
     return A.to(wide).reshape(E, r, K), B.to(wide).reshape(E, N, r)
+
+
+@dataclass(frozen=True)
+class AdaptedOps:
+    """The ops of one implementation, their arguments in the order of the schemas: written once for all of them.
+
+    make: `make(effect, values, index, row_ptr, layout, shape, A, B)` is its effective weight; merge: overwrites the
+    values of one by it.
+    """
+
+    make: Callable[..., Any]
+    merge: Callable[[Any, list[int]], None] = merge_
+
+    def masked_lora_linear(
+        self,
+        x: Tensor,
+        values: Tensor,
+        index: Tensor,
+        row_ptr: Tensor | None,
+        layout: str,
+        shape: list[int],
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        offsets: Tensor | None,
+    ) -> Tensor:
+        w = self.make(Added(scale), values, index, row_ptr, layout, shape, A, B)
+        return forward(w, x, shape, bias, offsets)
+
+    def masked_lora_linear_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        values: Tensor,
+        index: Tensor,
+        row_ptr: Tensor | None,
+        layout: str,
+        shape: list[int],
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        offsets: Tensor | None,
+        needs: list[bool],
+    ) -> Gradients:
+        w = self.make(Added(scale), values, index, row_ptr, layout, shape, A, B)
+        return backward(w, grad_y, x, shape, A, B, offsets, needs)
+
+    def scale_lora_linear(
+        self,
+        x: Tensor,
+        values: Tensor,
+        index: Tensor,
+        row_ptr: Tensor | None,
+        layout: str,
+        shape: list[int],
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        offsets: Tensor | None,
+    ) -> Tensor:
+        w = self.make(Scaled(), values, index, row_ptr, layout, shape, A, B)
+        return forward(w, x, shape, bias, offsets)
+
+    def scale_lora_linear_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        values: Tensor,
+        index: Tensor,
+        row_ptr: Tensor | None,
+        layout: str,
+        shape: list[int],
+        A: Tensor,
+        B: Tensor,
+        offsets: Tensor | None,
+        needs: list[bool],
+    ) -> Gradients:
+        w = self.make(Scaled(), values, index, row_ptr, layout, shape, A, B)
+        return backward(w, grad_y, x, shape, A, B, offsets, needs)
+
+    def add_lowrank_(
+        self,
+        values: Tensor,
+        index: Tensor,
+        row_ptr: Tensor | None,
+        layout: str,
+        shape: list[int],
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+    ) -> None:
+        self.merge(self.make(Added(scale), values, index, row_ptr, layout, shape, A, B), shape)
+        written(values)
+
+    def mul_lowrank_(
+        self,
+        values: Tensor,
+        index: Tensor,
+        row_ptr: Tensor | None,
+        layout: str,
+        shape: list[int],
+        A: Tensor,
+        B: Tensor,
+    ) -> None:
+        self.merge(self.make(Scaled(), values, index, row_ptr, layout, shape, A, B), shape)
+        written(values)
+
+
+reference = AdaptedOps(ReferenceAdapted)

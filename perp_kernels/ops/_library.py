@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from perp_kernels import dispatch
@@ -44,6 +45,13 @@ def unwatched(*tensors: Tensor | None) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
     )
+
+
+def written(*tensors: Tensor) -> None:
+    """Tell autograd of what a kernel has written, which torch does not see."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            increment_version(tensor)
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -54,7 +54,9 @@ def multiply_transposed(
     """dx [T, K] = dy W of dy [T, N]. Where the tiles do not hold whole columns, dx is a sum over tiles, in float32."""
     N, K = shape[-2:]
     whole = all(tile.rows == slice(0, N) for tile in tiles)
-    dx = dy.new_zeros((len(dy), K), dtype=dy.dtype if whole else accumulation_dtype(dy.dtype))
+    # Whole columns are written, partial ones added to; without rows there are no tiles to do either.
+    make = dy.new_empty if whole and tiles else dy.new_zeros
+    dx = make((len(dy), K), dtype=dy.dtype if whole else accumulation_dtype(dy.dtype))
     for expert, begin, end in expert_spans(shape, len(dy), offsets):
         if begin == end:
             continue

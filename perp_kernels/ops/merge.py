@@ -12,33 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from perp_kernels.ops import _adapted
-from perp_kernels.ops._adapted import Added, ReferenceAdapted, Scaled
+from perp_kernels.ops._adapted import reference
 from perp_kernels.ops._library import define
-from perp_kernels.ops._rows import PackedRows
-
-
-def _add(
-    values: Tensor,
-    index: Tensor,
-    row_ptr: Tensor | None,
-    layout: str,
-    shape: list[int],
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-) -> None:
-    w = PackedRows(values, index, row_ptr, layout, shape[-1])
-    _adapted.merge_(ReferenceAdapted(Added(scale), w, shape, A, B), shape)
-
-
-def _multiply(
-    values: Tensor, index: Tensor, row_ptr: Tensor | None, layout: str, shape: list[int], A: Tensor, B: Tensor
-) -> None:
-    w = PackedRows(values, index, row_ptr, layout, shape[-1])
-    _adapted.merge_(ReferenceAdapted(Scaled(), w, shape, A, B), shape)
 
 
 def _fake(*arguments: Any) -> None:
@@ -46,5 +21,5 @@ def _fake(*arguments: Any) -> None:
 
 
 _WEIGHT = "Tensor(a!) values, Tensor index, Tensor? row_ptr, str layout, SymInt[] shape"
-add_lowrank_ = define(f"add_lowrank_({_WEIGHT}, Tensor A, Tensor B, float scale) -> ()", _add, _fake)
-mul_lowrank_ = define(f"mul_lowrank_({_WEIGHT}, Tensor A, Tensor B) -> ()", _multiply, _fake)
+add_lowrank_ = define(f"add_lowrank_({_WEIGHT}, Tensor A, Tensor B, float scale) -> ()", reference.add_lowrank_, _fake)
+mul_lowrank_ = define(f"mul_lowrank_({_WEIGHT}, Tensor A, Tensor B) -> ()", reference.mul_lowrank_, _fake)

@@ -21,56 +21,21 @@ from torch.autograd.function import once_differentiable
 from perp_kernels.arrays import as_optional_tensor, as_tensor
 from perp_kernels.layouts import SparseWeight
 from perp_kernels.ops import _adapted
-from perp_kernels.ops._adapted import ReferenceAdapted, Scaled
 from perp_kernels.ops._arguments import check_adapter, check_linear, wants_gradient
 from perp_kernels.ops._library import define
-from perp_kernels.ops._rows import PackedRows, linear_fake
-
-
-def _forward(
-    x: Tensor,
-    values: Tensor,
-    index: Tensor,
-    row_ptr: Tensor | None,
-    layout: str,
-    shape: list[int],
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor | None,
-) -> Tensor:
-    w = ReferenceAdapted(Scaled(), PackedRows(values, index, row_ptr, layout, shape[-1]), shape, A, B)
-    return _adapted.forward(w, x, shape, bias, offsets)
-
-
-def _backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    values: Tensor,
-    index: Tensor,
-    row_ptr: Tensor | None,
-    layout: str,
-    shape: list[int],
-    A: Tensor,
-    B: Tensor,
-    offsets: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w = ReferenceAdapted(Scaled(), PackedRows(values, index, row_ptr, layout, shape[-1]), shape, A, B)
-    return _adapted.backward(w, grad_y, x, shape, A, B, offsets, needs)
-
+from perp_kernels.ops._rows import linear_fake
 
 _forward_op = define(
     "scale_lora_linear(Tensor x, Tensor values, Tensor index, Tensor? row_ptr, str layout, SymInt[] shape, Tensor A, "
     "Tensor B, Tensor? bias, Tensor? offsets) -> Tensor",
-    _forward,
+    _adapted.reference.scale_lora_linear,
     linear_fake,
 )
 _backward_op = define(
     "scale_lora_linear_backward(Tensor grad_y, Tensor? x, Tensor values, Tensor index, Tensor? row_ptr, str layout, "
     "SymInt[] shape, Tensor A, Tensor B, Tensor? offsets, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    _adapted.reference.scale_lora_linear_backward,
     _adapted.backward_fake,
 )
 

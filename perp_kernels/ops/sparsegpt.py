@@ -59,8 +59,19 @@ def reversed_factor(H: Tensor, dtype: torch.dtype, damp: float) -> Tensor:
 
 
 def inverse(R: Tensor) -> Tensor:
-    """The inverse of a small upper triangular matrix."""
-    return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    """The inverses of small upper triangular matrices [..., b, b]."""
+    identity = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    return torch.linalg.solve_triangular(R, identity, upper=True).contiguous()
+
+
+def _diagonal_inverses(L: Tensor, block_size: int) -> list[Tensor]:
+    """Of R's diagonal blocks, from left to right, all of full size at once: one at a time they leave a GPU idle."""
+    K = len(L)
+    ends = [K - start for start in range(0, K, block_size)]
+    blocks = [L[max(end - block_size, 0) : end, max(end - block_size, 0) : end].flip(0, 1) for end in ends]
+    full = [block for block in blocks if len(block) == block_size]
+    inverses = list(inverse(torch.stack(full))) if full else []
+    return inverses + [inverse(block) for block in blocks[len(full) :]]
 
 
 def share_mask(W: Tensor, d: Tensor, pattern: Pattern) -> Tensor:
@@ -120,13 +131,12 @@ def _matrix(weight: Tensor, H: Tensor, pattern: Pattern, damp: float, block_size
     L = reversed_factor(H, dtype, damp)
     change, kept = torch.empty_like(W), torch.empty(W.shape, dtype=torch.bool, device=W.device)
     errors = W.new_empty(N, min(block_size, K))
-    for start in range(0, K, block_size):
-        stop = min(start + block_size, K)
-        block = slice(start, stop)
-        R = L[K - stop :, K - stop : K - start].flip(0, 1)  # R[:stop, block]
-        columns, U = W[:, block], inverse(R[start:])
+    for start, U in zip(range(0, K, block_size), _diagonal_inverses(L, block_size), strict=True):
+        stop = start + len(U)
+        block, columns = slice(start, stop), W[:, start:stop]
+        R = L[K - start :, K - stop : K - start].flip(0, 1)  # R[:start, block]
         change[:, block] = columns
-        columns.addmm_(change[:, :start], R[:start] @ U)
+        columns.addmm_(change[:, :start], R @ U)
         sparsegpt_block_(columns, U, str(pattern), errors[:, : len(U)], kept[:, block])
         change[:, block] -= columns
     return W.to(weight.dtype), kept

@@ -1,4 +1,4 @@
-"""The Triton kernels, one module per op, and their registration.
+"""The Triton kernels, a module per op or family of ops, and their registration.
 
 Triton itself is imported with the first kernel that runs, so that this package loads where there is none. A kernel's
 tile sizes come from `perp_kernels/tuning/sm_ARCH.json` or from an analytical default: nothing is tuned at a call.
@@ -109,6 +109,10 @@ def _select(scores: Tensor, pattern: str) -> bool:
     )
 
 
+def _wanda_select(weight: Tensor, norms: Tensor, pattern: str) -> bool:
+    return norms.dtype == torch.float32 and _select(weight, pattern)
+
+
 def _sparsegpt(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int) -> bool:
     return serves(weight) and block_size + (Pattern.parse(pattern).m or 0) <= MAX_BLOCK
 
@@ -118,15 +122,21 @@ def _sparsegpt_block(W: Tensor, U: Tensor, *_: Any) -> bool:
     return serves(W) and rowwise and W.shape[1] <= MAX_BLOCK
 
 
+def _swap_round(weight: Tensor, mask: Tensor, correlation: Tensor, H: Tensor, pattern: str) -> bool:
+    return serves(weight) and (Pattern.parse(pattern).m or 0) <= MAX_GROUP
+
+
 _register("gram_", "gram", _gram)
 _register("select", "select", _select)
+_register("wanda_select", "select", _wanda_select)
 _register("sparsegpt", "sparsegpt", _sparsegpt)
 _register("sparsegpt_block_", "sparsegpt", _sparsegpt_block)
+_register("swap_round_", "swap_round", _swap_round)
 _register("unpack", "unpack", _unpack)
-_register("add_lowrank_", "merge", _merge)
-_register("mul_lowrank_", "merge", _merge)
+_register("add_lowrank_", "adapted", _merge)
+_register("mul_lowrank_", "adapted", _merge)
 _register("sparse_linear", "sparse_linear", _linear)
 _register("sparse_linear_backward", "sparse_linear", _sparse_backward)
 for _op in ("masked_lora_linear", "scale_lora_linear"):
-    _register(_op, _op, _adapted)
-    _register(f"{_op}_backward", _op, _adapted_backward)
+    _register(_op, "adapted", _adapted)
+    _register(f"{_op}_backward", "adapted", _adapted_backward)

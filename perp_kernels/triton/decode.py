@@ -1,8 +1,9 @@
 """Tiles of packed weights: which columns a tile keeps, and where their values lie.
 
-Every layout is read the same way. `tile_start` gives, for each row of a tile, the position in `values` where the tile
-begins; `locate` gives the tile's kept columns, the rank of each among those of its row, and where the next tile to the
-right begins. Index bytes are read once per eight columns.
+`tile_start` gives, for each row of a tile, the position in `values` where the tile begins, and `index_tile` its index
+bytes, one for eight columns: apart from the rest, so that a loop can ask for the next tile's before it needs them. From
+both, `read_tile` and `write_tile` move the values of a packed layout, and `locate` gives any layout's kept columns, the
+rank of each among those of its row, and where the next tile to the right begins.
 
 The host describes a weight by `arguments` and `switches`.
 """
@@ -89,10 +90,11 @@ def tile_start(
         start += first_column // 2
     else:
         # Counted again by each program that starts inside a row: the index is a ninth of what is read, and this keeps
-        # no table beside the weight.
+        # no table beside the weight. Few rows are counted in long strides, since each stride waits for memory once.
+        STRIDE: tl.constexpr = 64 if BN > 32 else 256
         count = tl.zeros((BN,), dtype=tl.int32)
-        for at in range(0, first_column // 8, 64):
-            columns = at + tl.arange(0, 64)
+        for at in range(0, first_column // 8, STRIDE):
+            columns = at + tl.arange(0, STRIDE)
             wanted = inside[:, None] & (columns < first_column // 8)[None, :]
             byte = tl.load(index + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=wanted, other=0)
             count += tl.sum((_prefixes(byte.to(tl.uint32)) >> 28).to(tl.int32), axis=1)
@@ -101,19 +103,22 @@ def tile_start(
 
 
 @triton.jit
-def locate(
-    index, rows, inside, first_column, width, start,
-    LAYOUT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """(kept bool [BN, BK], ranks int32 [BN, BK], start of the next tile) of the columns from `first_column`.
-
-    The value of a kept column lies at start + rank. Nothing outside `inside` rows or past the last column is kept.
-    """
-    BYTES: tl.constexpr = BK // 8
-    at = tl.arange(0, BYTES)
-    columns = first_column // 8 + at
+def index_tile(index, rows, inside, first_column, width, BK: tl.constexpr):
+    """uint32 [BN, BK // 8]: the index bytes of the columns from `first_column`; 0 outside `inside` rows and `width`."""
+    # A byte to a thread and its neighbour to the next, as the values behind them will be loaded: a vector of bytes
+    # would have to change hands for each of its columns.
+    columns = tl.max_contiguous(first_column // 8 + tl.arange(0, BK // 8), 1)
     wanted = inside[:, None] & (columns < width)[None, :]
-    byte = tl.load(index + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=wanted, other=0).to(tl.uint32)
+    return tl.load(index + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=wanted, other=0).to(tl.uint32)
+
+
+@triton.jit
+def locate(byte, start, LAYOUT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """(kept bool [BN, BK], ranks int32 [BN, BK], start of the next tile) of the columns of an `index_tile`.
+
+    The value of a kept column lies at start + rank.
+    """
+    at = tl.arange(0, BK // 8)
     place = tl.arange(0, 8).to(tl.uint32)[None, None, :]
     if LAYOUT == SEMI24:
         nibble = (byte[:, :, None] >> (place & 4)) & 15
@@ -139,11 +144,99 @@ def locate(
 
 
 @triton.jit
-def kept_columns(index, rows, inside, first_column, width, LAYOUT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def bitmap(byte, LAYOUT: tl.constexpr):
+    """The kept columns of index bytes, a bit each."""
+    if LAYOUT == SEMI24:
+        first, second = byte & 3, (byte >> 2) & 3
+        low = tl.where(first < second, (1 << first) | (1 << second), 0)
+        first, second = (byte >> 4) & 3, byte >> 6
+        byte = low | (tl.where(first < second, (1 << first) | (1 << second), 0) << 4)
+    return byte
+
+
+@triton.jit
+def first_ranks(bits, LAYOUT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """(int32 [BN, BK // 8], int32 [BN]): the rank of the first kept column of each byte, and how many the tile keeps.
+
+    Of a bitmap's bits, or of those that `bitmap` made of semi24."""
+    if LAYOUT == BITMAP:
+        counts = (_prefixes(bits) >> 28).to(tl.int32)
+        rank, count = tl.cumsum(counts, axis=1) - counts, tl.sum(counts, axis=1)
+    else:
+        rank = tl.zeros((BN, 1), dtype=tl.int32) + (4 * tl.arange(0, BK // 8))[None, :]
+        count = tl.full((BN,), BK // 2, dtype=tl.int32)
+    return rank, count
+
+
+@triton.jit
+def _load_column(at, bits, place: tl.constexpr):
+    """(that column's value of each byte, 0 where pruned; where the next kept column's lies)."""
+    value = tl.load(at, mask=(bits & (1 << place)) != 0, other=0.0)
+    return value, at + ((bits >> place) & 1).to(tl.int32)
+
+
+@triton.jit
+def columns_of(c0, c1, c2, c3, c4, c5, c6, c7, BN: tl.constexpr, BK: tl.constexpr):
+    """[BN, BK] of eight [BN, BK // 8], which hold each eighth column. Nothing moves: a thread that has a byte's eight
+    columns has them side by side."""
+    even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+    return tl.reshape(tl.join(even, odd), (BN, BK))
+
+
+@triton.jit
+def read_tile(values, byte, start, LAYOUT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """(weight [BN, BK], 0 where pruned; start of the next tile) of the columns of an `index_tile`.
+
+    A column at a time of each byte, so that a thread counts on from one column to the next and tests its bits by
+    constants: as one tile of addresses, each element would be located anew, at twice the instructions.
+    """
+    bits = bitmap(byte, LAYOUT)
+    rank, count = first_ranks(bits, LAYOUT, BN, BK)
+    at = (values + start)[:, None] + rank
+    c0, at = _load_column(at, bits, 0)
+    c1, at = _load_column(at, bits, 1)
+    c2, at = _load_column(at, bits, 2)
+    c3, at = _load_column(at, bits, 3)
+    c4, at = _load_column(at, bits, 4)
+    c5, at = _load_column(at, bits, 5)
+    c6, at = _load_column(at, bits, 6)
+    c7, at = _load_column(at, bits, 7)
+    return columns_of(c0, c1, c2, c3, c4, c5, c6, c7, BN, BK), start + count
+
+
+@triton.jit
+def _store_column(at, value, bits, place: tl.constexpr):
+    tl.store(at, value, mask=(bits & (1 << place)) != 0)
+    return at + ((bits >> place) & 1).to(tl.int32)
+
+
+@triton.jit
+def write_tile(values, weight, byte, start, LAYOUT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Overwrite what `read_tile` read, in the dtype of the values."""
+    bits = bitmap(byte, LAYOUT)
+    rank, _ = first_ranks(bits, LAYOUT, BN, BK)
+    at = (values + start)[:, None] + rank
+    even, odd = tl.split(tl.reshape(weight, (BN, BK // 8, 2, 2, 2)))
+    c04, c26 = tl.split(even)
+    c15, c37 = tl.split(odd)
+    c0, c4 = tl.split(c04)
+    c2, c6 = tl.split(c26)
+    c1, c5 = tl.split(c15)
+    c3, c7 = tl.split(c37)
+    at = _store_column(at, c0, bits, 0)
+    at = _store_column(at, c1, bits, 1)
+    at = _store_column(at, c2, bits, 2)
+    at = _store_column(at, c3, bits, 3)
+    at = _store_column(at, c4, bits, 4)
+    at = _store_column(at, c5, bits, 5)
+    at = _store_column(at, c6, bits, 6)
+    _store_column(at, c7, bits, 7)
+
+
+@triton.jit
+def kept_columns(byte, LAYOUT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """bool [BN, BK]: what `locate` gives first, for a kernel that needs no values."""
-    columns = first_column // 8 + tl.arange(0, BK // 8)
-    wanted = inside[:, None] & (columns < width)[None, :]
-    byte = tl.load(index + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=wanted, other=0).to(tl.uint32)
     place = tl.arange(0, 8).to(tl.uint32)[None, None, :]
     if LAYOUT == SEMI24:
         nibble = (byte[:, :, None] >> (place & 4)) & 15

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perp_kernels.ops._adapted import Effect
 from perp_kernels.ops._rows import PackedRows
 from perp_kernels.triton import decode
-from perp_kernels.triton.decode import locate, tile_start
+from perp_kernels.triton.decode import DENSE, index_tile, kept_columns, read_tile, tile_start, write_tile
 from perp_kernels.triton.launch import Config, Target, configure, launch, target
 
 # How W and P = B A make the effective weight.
@@ -23,17 +24,20 @@ PLAIN = tl.constexpr(0)
 ADDED = tl.constexpr(1)
 SCALED = tl.constexpr(2)
 
-MODES = {"plain": 0, "added": 1, "scaled": 2}
+MODES = {"add": 1, "multiply": 2}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """W + scale * M * P for `how` = "added", W * P for "scaled", with P = B A for A [r, K] and B [N, r]."""
+    """How A [r, K] and B [N, r], contiguous, change a weight: the effect of P = B A on it."""
 
-    how: str
+    effect: Effect
     A: Tensor
     B: Tensor
-    scale: float = 1.0
+
+    @property
+    def mode(self) -> int:
+        return MODES[self.effect.name]
 
     @property
     def rank(self) -> int:
@@ -42,9 +46,6 @@ class Adapter:
     def padded_rank(self) -> int:
         """The extent of the rank in a tile: tensor cores take powers of two from 16."""
         return max(16, triton.next_power_of_2(self.rank))
-
-    def detached(self) -> Adapter:
-        return Adapter(self.how, self.A.detach().contiguous(), self.B.detach().contiguous(), self.scale)
 
 
 @triton.jit
@@ -68,23 +69,31 @@ def effective_kernel(
     inside = rows < N
     first = tl.program_id(1) * span
     start = tile_start(index, row_ptr, rows, inside, first, width, row_stride, LAYOUT, RAGGED, BN)
+    byte = index_tile(index, rows, inside, first, width, BK)
     for column in range(first, tl.minimum(first + span, K), BK):
-        kept, rank, following = locate(index, rows, inside, column, width, start, LAYOUT, BN, BK)
         columns = column + tl.arange(0, BK)
-        weight = tl.load((values + start)[:, None] + rank, mask=kept, other=0.0)
+        within = inside[:, None] & (columns < K)[None, :]
+        if LAYOUT == DENSE:
+            weight = tl.load((values + start)[:, None] + tl.arange(0, BK)[None, :], mask=within, other=0.0)
+            following = start + BK
+        else:
+            weight, following = read_tile(values, byte, start, LAYOUT, BN, BK)
         if MODE != PLAIN:
             product = product_tile(A, B, rows, columns, N, K, r, R, PRECISION)
             if MODE == ADDED:
                 effective = weight.to(tl.float32) + scale * product
             else:
                 effective = weight.to(tl.float32) * product
-            weight = tl.where(kept, effective, 0.0).to(weight.dtype)
-        if IN_PLACE:
-            tl.store((values + start)[:, None] + rank, weight, mask=kept)
+            weight = tl.where(kept_columns(byte, LAYOUT, BN, BK), effective, 0.0).to(weight.dtype)
+        if not IN_PLACE:
+            tl.store(out + rows.to(tl.int64)[:, None] * K + columns[None, :], weight, mask=within)
+        elif LAYOUT == DENSE:
+            tl.store((values + start)[:, None] + tl.arange(0, BK)[None, :], weight, mask=within)
         else:
-            at = out + rows.to(tl.int64)[:, None] * K + columns[None, :]
-            tl.store(at, weight, mask=inside[:, None] & (columns < K)[None, :])
+            write_tile(values, weight, byte, start, LAYOUT, BN, BK)
         start = following
+        # The values' addresses wait for these bytes: asked for now, they are there when the values are.
+        byte = index_tile(index, rows, inside, column + BK, width, BK)
 
 
 def _config(target: Target, w: PackedRows) -> Config:
@@ -111,13 +120,13 @@ def _run(out: Tensor, w: PackedRows, adapter: Adapter | None, in_place: bool) ->
             **decode.arguments(w),
             "A": w.values if adapter is None else adapter.A,
             "B": w.values if adapter is None else adapter.B,
-            "scale": 1.0 if adapter is None else adapter.scale,
+            "scale": 1.0 if adapter is None else adapter.effect.scale,
             "r": 0 if adapter is None else adapter.rank,
             "span": span,
         },
         {
             **decode.switches(w),
-            "MODE": 0 if adapter is None else MODES[adapter.how],
+            "MODE": 0 if adapter is None else adapter.mode,
             "IN_PLACE": in_place,
             "R": 16 if adapter is None else adapter.padded_rank(),
             "PRECISION": decode.precision(w.values.dtype),

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from perp_kernels.ops._rows import PackedRows
 from perp_kernels.triton import decode
-from perp_kernels.triton.decode import DENSE, kept_columns, locate, tile_start
-from perp_kernels.triton.effective import ADDED, MODES, Adapter
+from perp_kernels.triton.decode import DENSE, index_tile, kept_columns, locate, tile_start
+from perp_kernels.triton.effective import ADDED, Adapter
 from perp_kernels.triton.launch import Config, Target, bucket, configure, launch, target
 from perp_kernels.triton.product import grouped, transposed_product
 
@@ -33,7 +33,7 @@ def value_gradient_kernel(
     rows = i * BN + tl.arange(0, BN)
     inside = rows < N
     start = tile_start(index, row_ptr, rows, inside, j * BK, width, row_stride, LAYOUT, RAGGED, BN)
-    kept, rank, _ = locate(index, rows, inside, j * BK, width, start, LAYOUT, BN, BK)
+    kept, rank, _ = locate(index_tile(index, rows, inside, j * BK, width, BK), start, LAYOUT, BN, BK)
     if LAYOUT == DENSE:
         # A pruned weight has a stored zero, and its gradient too.
         columns = j * BK + tl.arange(0, BK)
@@ -47,7 +47,7 @@ def adapter_gradients_kernel(
     dA_shares, dB_shares, dy, x, values, index, row_ptr, A, B, scale, tokens, first_row, N, K, width, row_stride,
     dy_stride, x_stride, r, row_tiles,
     LAYOUT: tl.constexpr, RAGGED: tl.constexpr, MODE: tl.constexpr, R: tl.constexpr,
-    NEEDS_A: tl.constexpr, NEEDS_B: tl.constexpr, PRECISION: tl.constexpr,
+    NEEDS_A: tl.constexpr, NEEDS_B: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """dA_shares float32 [row_tiles, r, K], dB_shares float32 [column_tiles, row_tiles * BN, r], of the rows from
@@ -58,15 +58,19 @@ def adapter_gradients_kernel(
         dy, x, 0, tokens, first_row + i * BN, j * BK, N, K, dy_stride, x_stride, BN, BK, BT, PRECISION
     )
     inside = rows < N
+    byte = index_tile(index, rows, inside, j * BK, width, BK)
     if MODE == ADDED:
-        kept = kept_columns(index, rows, inside, j * BK, width, LAYOUT, BN, BK)
+        kept = kept_columns(byte, LAYOUT, BN, BK)
         Q = tl.where(kept, Q * scale, 0.0)
     else:
         start = tile_start(index, row_ptr, rows, inside, j * BK, width, row_stride, LAYOUT, RAGGED, BN)
-        kept, rank, _ = locate(index, rows, inside, j * BK, width, start, LAYOUT, BN, BK)
+        kept, rank, _ = locate(byte, start, LAYOUT, BN, BK)
         Q = tl.where(kept, Q * tl.load((values + start)[:, None] + rank, mask=kept, other=0.0).to(tl.float32), 0.0)
-    # The shares' own products are a fraction r / tokens of the work: in TF32, which errs less than a 16-bit rounding
-    # of G and cannot overflow as fp16 could.
+    # The shares' own products are a fraction r / tokens of the work. In bfloat16 where all factors are, as a layer in
+    # plain torch would round G: a 16-bit tile of Q goes through shared memory once for both, and at half the bytes.
+    # Otherwise in TF32, which errs less than that and cannot overflow as fp16 could.
+    FACTOR: tl.constexpr = tl.bfloat16 if HALF else tl.float32
+    Q = Q.to(FACTOR)
     i_r = tl.arange(0, R)
     known = i_r < r
     if NEEDS_B:
@@ -75,12 +79,12 @@ def adapter_gradients_kernel(
             mask=(columns < K)[:, None] & known[None, :],
             other=0.0,
         )
-        share = tl.dot(Q, a.to(tl.float32), input_precision=PRECISION)
+        share = tl.dot(Q, a.to(FACTOR), input_precision=PRECISION)
         line = (j.to(tl.int64) * row_tiles + i) * BN + tl.arange(0, BN)
         tl.store(dB_shares + line[:, None] * r + i_r[None, :], share, mask=inside[:, None] & known[None, :])
     if NEEDS_A:
         b = tl.load(B + rows.to(tl.int64)[:, None] * r + i_r[None, :], mask=inside[:, None] & known[None, :], other=0.0)
-        share = tl.dot(tl.trans(Q), b.to(tl.float32), input_precision=PRECISION)
+        share = tl.dot(tl.trans(Q), b.to(FACTOR), input_precision=PRECISION)
         line = i.to(tl.int64) * r + i_r
         tl.store(dA_shares + line[None, :] * K + columns[:, None], share, mask=(columns < K)[:, None] & known[None, :])
 
@@ -122,22 +126,20 @@ def value_gradient(dy: Tensor, x: Tensor, w: PackedRows, out: Tensor) -> None:
 
 
 def adapter_gradients(
-    dy: Tensor, x: Tensor, w: PackedRows, adapter: Adapter, needs_A: bool, needs_B: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dA [r, K] and dB [N, r] in float32, None where not needed, from dy [T, N] and x [T, K].
+    dy: Tensor, x: Tensor, w: PackedRows, adapter: Adapter, dA: Tensor | None, dB: Tensor | None
+) -> None:
+    """Add to dA [r, K] and dB [N, r], float32, those of dy [T, N] and x [T, K]; None where not needed.
 
     The buffers of shares together take at most a byte per weight: rows are taken in runs that keep them so.
     """
     N, K, r, device = len(w.index), w.K, adapter.rank, x.device
-    config = _config(
-        "adapter_gradients", target(x), w, len(x), adapter.padded_rank(), addresses=adapter.how == "scaled"
-    )
+    addresses = adapter.effect.name == "multiply"
+    config = _config("adapter_gradients", target(x), w, len(x), adapter.padded_rank(), addresses)
     BN, BK = config.tiles["BN"], config.tiles["BK"]
     row_tiles, column_tiles = triton.cdiv(N, BN), triton.cdiv(K, BK)
+    needs_A, needs_B = dA is not None, dB is not None
     bytes_per_tile_row = 4 * r * (K * needs_A + column_tiles * BN * needs_B)
     at_once = max(1, min(row_tiles, N * K // bytes_per_tile_row))
-    dA = torch.zeros((r, K), dtype=torch.float32, device=device) if needs_A else None
-    dB = torch.empty((N, r), dtype=torch.float32, device=device) if needs_B else None
     to_A = torch.empty(at_once * r * K if needs_A else 0, dtype=torch.float32, device=device)
     to_B = torch.empty(column_tiles * at_once * BN * r if needs_B else 0, dtype=torch.float32, device=device)
     for first in range(0, row_tiles, at_once):
@@ -155,7 +157,7 @@ def adapter_gradients(
                 **decode.arguments(w),
                 "A": adapter.A,
                 "B": adapter.B,
-                "scale": adapter.scale,
+                "scale": adapter.effect.scale,
                 "tokens": len(x),
                 "first_row": first * BN,
                 "dy_stride": dy.stride(0),
@@ -165,10 +167,11 @@ def adapter_gradients(
             },
             {
                 **decode.switches(w),
-                "MODE": MODES[adapter.how],
+                "MODE": adapter.mode,
                 "R": adapter.padded_rank(),
                 "NEEDS_A": needs_A,
                 "NEEDS_B": needs_B,
+                "HALF": x.dtype == adapter.A.dtype == adapter.B.dtype == torch.bfloat16,
                 "PRECISION": _precision(x.dtype),
             },
             config,
@@ -177,5 +180,4 @@ def adapter_gradients(
             dA += dA_shares.sum(0)
         if dB is not None:
             rows = slice(first * BN, min((first + count) * BN, N))
-            torch.sum(dB_shares[:, : rows.stop - rows.start], 0, out=dB[rows])
-    return dA, dB
+            dB[rows] += dB_shares[:, : rows.stop - rows.start].sum(0)

@@ -11,8 +11,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perp_kernels.ops._library import written
 from perp_kernels.triton.launch import Config, Target, configure, launch, rows_of, target
 from perp_kernels.triton.product import transposed_product
+
+
+@triton.jit
+def triangle_row(at):
+    """The row that entry `at` of a triangle taken row by row lies in: row i starts at i (i + 1) / 2."""
+    i = ((tl.sqrt(8.0 * at + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The square root is exact to within one row.
+    i = tl.where(i * (i + 1) // 2 > at, i - 1, i)
+    return tl.where((i + 1) * (i + 2) // 2 <= at, i + 1, i)
+
+
+@triton.jit
+def banded_triangle(pid, side, GROUP: tl.constexpr):
+    """(row, column <= row) of tile `pid` of a triangle of `side` rows, in bands of GROUP rows.
+
+    A band's rectangle is taken column by column and the triangle at its end row by row, so that tiles in flight share
+    rows and columns of x in cache; row by row, each wave of tiles would read nearly all of x.
+    """
+    first = triangle_row(pid) // GROUP * GROUP
+    height = min(side - first, GROUP)
+    at = pid - first * (first + 1) // 2
+    rest = tl.maximum(at - height * first, 0)
+    row = triangle_row(rest)
+    in_rectangle = at < height * first
+    i = tl.where(in_rectangle, first + at % height, first + row)
+    j = tl.where(in_rectangle, at // height, first + rest - row * (row + 1) // 2)
+    return i, j
 
 
 @triton.jit
@@ -21,11 +49,7 @@ def gram_kernel(
     EXPERTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     pid, expert = tl.program_id(0), tl.program_id(1)
-    # Row i of a triangle starts at i (i + 1) / 2; the square root is exact to within one row.
-    i = ((tl.sqrt(8.0 * pid + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > pid, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= pid, i + 1, i)
-    j = pid - i * (i + 1) // 2
+    i, j = banded_triangle(pid, tl.cdiv(K, BLOCK), 8)
     begin, end = 0, tokens
     if EXPERTS:
         end = tl.minimum(tl.load(offsets + expert), tokens).to(tl.int32)
@@ -74,3 +98,4 @@ def gram_(H: Tensor, x: Tensor, offsets: Tensor | None) -> None:
         {"EXPERTS": offsets is not None, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"},
         config,
     )
+    written(H)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -37,6 +38,10 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
 
+    def values(self) -> dict[str, int]:
+        """All numbers by name."""
+        return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
     def with_values(self, values: Mapping[str, int]) -> Config:
         """This configuration with some numbers replaced, by name."""
         rest = dict(values)
@@ -57,8 +62,19 @@ class Launch:
     config: Config
 
 
+@dataclass(frozen=True)
+class Configured:
+    """A configuration that a call asked for: of which kernel, for which kind of call, and what it would be untuned."""
+
+    kernel: str
+    key: str
+    default: Config
+
+
 _recorder: tuple[Target, list[Launch]] | None = None
 _overrides: dict[str, Mapping[str, int]] = {}
+_configured: list[Configured] | None = None
+_compiled: list[Any] | None = None
 
 
 @contextmanager
@@ -86,6 +102,17 @@ def override(**configurations: Mapping[str, int]) -> Iterator[None]:
         _overrides.update(before)
 
 
+@contextmanager
+def observing() -> Iterator[tuple[list[Configured], list[Any]]]:
+    """Collects the configurations asked for in the block and the compiled kernels that ran: for the tuner."""
+    global _configured, _compiled
+    _configured, _compiled = [], []
+    try:
+        yield _configured, _compiled
+    finally:
+        _configured = _compiled = None
+
+
 @functools.cache
 def _device_target(device: int) -> Target:
     properties = torch.cuda.get_device_properties(device)
@@ -108,6 +135,8 @@ def _tuned(arch: int) -> Mapping[str, Mapping[str, Mapping[str, int]]]:
 
 def configure(kernel: str, target: Target, key: str, default: Config) -> Config:
     """The configuration of `kernel` for a call of kind `key`: the measured one of this GPU, else the default."""
+    if _configured is not None:
+        _configured.append(Configured(kernel, key, default))
     config = default.with_values(_tuned(target.arch).get(kernel, {}).get(key, {}))
     return config.with_values(_overrides.get(kernel, {}))
 
@@ -128,7 +157,7 @@ def launch(
         return
     tensor = next(a for a in arguments.values() if isinstance(a, Tensor))
     with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
-        kernel[grid](
+        built = kernel[grid](
             **arguments,
             **switches,
             **config.tiles,
@@ -136,9 +165,11 @@ def launch(
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
+    if _compiled is not None:
+        _compiled.append(built)
 
 
 def rows_of(x: Tensor, width: int) -> Tensor:
     """x [..., width] as [rows, width] with neighbours in a row side by side, which is what the kernels read."""
-    rows = x.reshape(-1, width)
+    rows = x.reshape(math.prod(x.shape[:-1]), width)
     return rows if rows.stride(1) == 1 or width == 1 else rows.contiguous()

@@ -1,9 +1,10 @@
 """sparse_linear by Triton.
 
 Few tokens are bound by the bytes of the weight, so it is multiplied as it is stored: a tile is decoded in registers and
-goes to the tensor cores from there. The inputs are cut into parts where the rows alone would leave processors idle;
-each part writes a sum of its own, and the sums are added in their order. For many tokens the decoding would be done
-again for every tile of tokens: one pass writes the dense weight into a temporary of the call, which torch multiplies.
+goes to the tensor cores from there, or without them for a single token. The inputs are cut into parts where the rows
+alone would leave processors idle; each part writes a sum of its own, and the sums are added in their order. For many
+tokens the decoding would be done again for every tile of tokens: one pass writes the dense weight into a temporary of
+the call, which torch multiplies.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from perp_kernels.ops._rows import PackedRows, accumulation_dtype, expert_spans
 from perp_kernels.triton import decode
-from perp_kernels.triton.decode import contiguous, locate, slice_rows, tile_start
+from perp_kernels.triton.decode import contiguous, index_tile, read_tile, slice_rows, tile_start
 from perp_kernels.triton.effective import effective_weight
 from perp_kernels.triton.gradient import value_gradient
 from perp_kernels.triton.launch import Config, Target, bucket, configure, launch, rows_of, target
@@ -25,6 +26,10 @@ FUSED_TOKENS = 64
 
 # Most parts the inputs are cut into: each costs a float32 per output, written and read.
 _MOST_PARTS = 8
+
+# Bytes of the weight that each processor has to have asked for at any time to draw all of the memory's bandwidth:
+# 3 TB/s for 0.7 us, over 132 processors.
+_IN_FLIGHT = 16 << 10
 
 
 @triton.jit
@@ -38,19 +43,25 @@ def few_tokens_kernel(
     inside = rows < N
     t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     first = part * span
+    end = tl.minimum(first + span, K)
     start = tile_start(index, row_ptr, rows, inside, first, width, row_stride, LAYOUT, RAGGED, BN)
+    byte = index_tile(index, rows, inside, first, width, BK)
     sum = tl.zeros((BN, TOKENS), dtype=tl.float32)
-    for column in range(first, tl.minimum(first + span, K), BK):
-        kept, rank, following = locate(index, rows, inside, column, width, start, LAYOUT, BN, BK)
-        weight = tl.load((values + start)[:, None] + rank, mask=kept, other=0.0)
+    for column in range(first, end, BK):
+        weight, start = read_tile(values, byte, start, LAYOUT, BN, BK)
+        # The values' addresses wait for these bytes: asked for a tile ahead, they are there.
+        byte = index_tile(index, rows, inside & (column + BK < end), column + BK, width, BK)
         k = column + tl.arange(0, BK)
-        x_tile = tl.load(
-            x + t.to(tl.int64)[None, :] * x_stride + k[:, None],
-            mask=(t < tokens)[None, :] & (k < K)[:, None],
-            other=0.0,
-        )
-        sum = tl.dot(weight, x_tile, sum, input_precision=PRECISION)
-        start = following
+        if TOKENS == 1:
+            x_row = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+            sum += tl.sum(weight.to(tl.float32) * x_row[None, :], axis=1)[:, None]
+        else:
+            x_tile = tl.load(
+                x + t.to(tl.int64)[None, :] * x_stride + k[:, None],
+                mask=(t < tokens)[None, :] & (k < K)[:, None],
+                other=0.0,
+            )
+            sum = tl.dot(weight, x_tile, sum, input_precision=PRECISION)
     wanted = inside[:, None] & (t < tokens)[None, :]
     if PARTS == 1:
         if BIAS:
@@ -75,10 +86,14 @@ def add_parts_kernel(out, parts, bias, count, N, PARTS: tl.constexpr, BIAS: tl.c
 
 
 def _config(gpu: Target, w: PackedRows, tokens: int) -> Config:
-    """PARTS 0 stands for as many parts as fill the GPU."""
-    default = Config(
-        {"TOKENS": max(16, min(64, bucket(tokens))), "BN": 32, "BK": 128, "PARTS": 0}, num_warps=4, num_stages=3
-    )
+    """PARTS 0 stands for as many parts as fill the GPU. One program decodes all that a row tile has for its tokens, so
+    that a tile is as large as the registers allow."""
+    if w.values.dtype == torch.float32:
+        tiles = {"BN": 8, "BK": 256} if tokens == 1 else {"BN": 16, "BK": 64}
+    else:
+        tiles = {"BN": 32, "BK": 256} if tokens <= 16 else {"BN": 32, "BK": 128}
+    count = 1 if tokens == 1 else max(16, min(64, bucket(tokens)))
+    default = Config({"TOKENS": count, **tiles, "PARTS": 0}, num_warps=4, num_stages=2)
     return configure("few_tokens", gpu, f"{w.values.dtype} {w.layout} T={bucket(tokens)}", default)
 
 
@@ -89,8 +104,10 @@ def few_tokens(x: Tensor, w: PackedRows, bias: Tensor | None, out: Tensor) -> No
     tiles = dict(config.tiles)
     grid = (triton.cdiv(N, tiles["BN"]), triton.cdiv(tokens, tiles["TOKENS"]))
     column_tiles = triton.cdiv(w.K, tiles["BK"])
-    # Four programs of four warps for each processor keep its memory requests in flight.
-    wanted = tiles.pop("PARTS") or min(_MOST_PARTS, triton.cdiv(4 * gpu.processors, max(grid[0] * grid[1], 1)))
+    # A weight pruned by half is about half of its dense bytes.
+    in_flight = tiles["BN"] * tiles["BK"] * w.values.itemsize // 2
+    programs = triton.cdiv(_IN_FLIGHT, in_flight) * gpu.processors
+    wanted = tiles.pop("PARTS") or min(_MOST_PARTS, max(1, programs // max(grid[0] * grid[1], 1)))
     span = triton.cdiv(column_tiles, min(wanted, column_tiles)) * tiles["BK"]
     parts = triton.cdiv(w.K, span)
     sums = out if parts == 1 else torch.empty((parts, tokens, N), dtype=torch.float32, device=x.device)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perp_kernels.ops._library import written
 from perp_kernels.ops.sparsegpt import share_mask, solve
 from perp_kernels.pattern import Pattern
 from perp_kernels.triton.launch import Config, Target, configure, launch, target
@@ -109,6 +110,7 @@ def sparsegpt_block_(W: Tensor, U: Tensor, pattern: str, errors: Tensor, kept: T
         },
         config,
     )
+    written(W, errors, kept)
 
 
 def sparsegpt(weight: Tensor, H: Tensor, pattern: str, damp: float, block_size: int) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,10 @@ class InMemory(list[Tensor]):
     """Hidden states in CPU memory, pinned when they come from a GPU."""
 
     def append(self, state: Tensor) -> None:
-        super().append(_to_memory(state))
+        super().append(to_memory(state))
 
     def __setitem__(self, index: Any, state: Any) -> None:
-        super().__setitem__(index, state if isinstance(index, slice) else _to_memory(state))
+        super().__setitem__(index, state if isinstance(index, slice) else to_memory(state))
 
 
 class InFile(MutableSequence[Tensor]):
@@ -87,7 +87,8 @@ def fill(states: MutableSequence[Tensor], given: Iterable[Tensor]) -> MutableSeq
     return states
 
 
-def _to_memory(state: Tensor) -> Tensor:
+def to_memory(state: Tensor) -> Tensor:
+    """`state` in CPU memory, pinned when it comes from a GPU."""
     if state.device.type == "cpu":
         return state
     stored = torch.empty(state.shape, dtype=state.dtype, pin_memory=True)

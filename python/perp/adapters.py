@@ -1,31 +1,33 @@
-"""Adapters beside pruned weights: attach, choose what trains, count it, merge without losing a zero.
-
-A mode is three things: its parameters at the start (`attach`), its forward (`SparseLinear.forward`) and its merge
-(`merge`). "mask_lora" is W + scale * M ⊙ (B A) with scale = alpha / r (PERP, arXiv 2312.15230).
-"""
+"""Adapters beside pruned weights: attach them, merge them without losing a zero, or take them off unmerged."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from perp.blocks import is_norm
+from perp import head
 from perp.errors import UserError
 from perp.linear import SparseLinear
+from perp.modes import MODES
 
-MODES = ("mask_lora",)
-PARTS = ("mask_lora", "norms", "biases", "kept")
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter off its layer: A [r, in], B [out, r], and the factor of B A."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
 
 
 def attach(model: nn.Module, mode: str = "mask_lora", r: int = 16, alpha: float = 32, seed: int = 0) -> list[str]:
-    """Give every SparseLinear in `model` an adapter and return their names; the layers compute the same as before.
+    """Give every SparseLinear in `model` an adapter of this mode and return their names; `perp.modes` has the modes.
 
-    A [r, in] is uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5), PEFT's choice) and B [out, r] zero, both fp32 (fp64
-    beside fp64 weights). Every A is drawn on the CPU, in module order, from one generator seeded with `seed`: the same
-    on every device and whatever the global generator did. Layers swapped under all-true masks train plain LoRA.
+    The layers compute the same as before (scale_lora: to rounding). A and B are fp32 (fp64 beside fp64 weights). What
+    is random is drawn on the CPU, in module order, from one generator seeded with `seed`: the same on every device and
+    whatever the global generator did. Layers swapped under all-true masks train plain LoRA.
     """
     if mode not in MODES:
         raise UserError(f"{mode!r} is not an adapter mode; choose one of {', '.join(MODES)}.")
@@ -39,92 +41,57 @@ def attach(model: nn.Module, mode: str = "mask_lora", r: int = 16, alpha: float 
     generator = torch.Generator().manual_seed(seed)
     for layer in layers.values():
         dtype = torch.promote_types(layer.values.dtype, torch.float32)
-        a = torch.empty(r, layer.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        layer.lora_A = nn.Parameter(a.to(layer.values.device, dtype))
-        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, r, dtype=dtype, device=layer.values.device))
+        A, B = MODES[mode].start(layer.shape, r, generator)
+        layer.lora_A = nn.Parameter(A.to(layer.values.device, dtype))
+        layer.lora_B = nn.Parameter(B.to(layer.values.device, dtype))
         layer.mode, layer.scale = mode, alpha / r
     return list(layers)
 
 
+def adapted(model: nn.Module) -> dict[str, SparseLinear]:
+    """The layers of `model` that carry an adapter, by name."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+    return {name: layer for name, layer in layers.items() if layer.mode is not None}
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> list[str]:
-    """Add every adapter into its layer's kept weights, fp32 per element and in place, and drop it; returns the names.
+    """Merge every adapter into its layer's kept weights, fp32 per element and in place, and drop it; returns the names.
 
-    Pruned weights stay exactly zero. The merged layer differs from the adapter's by rounding only.
+    Pruned weights stay exactly zero. The merged layer differs from the adapter's by rounding only, except under
+    lora_prune, which loses here what it added to pruned weights. An adapter of the head goes into the head, untied
+    first from an embedding that it shares (`perp.head`). UserError, and nothing merged, for lora, which would fill the
+    zeros: `detach` takes it off.
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, SparseLinear) and layer.mode is not None
-    }
+    layers = adapted(model)
+    for name, layer in layers.items():
+        if layer.mode is not None and MODES[layer.mode].merge_ is None:
+            raise UserError(
+                f"the {layer.mode} adapter of {name} cannot be merged without filling the zeros; keep the adapters "
+                "(perp run --keep-adapters, perp.detach) or train mask_lora, which merges."
+            )
     for layer in layers.values():
-        layer.sparse_weight.add_lowrank_(layer.lora_A, layer.lora_B, layer.scale)
-        layer.lora_A = layer.lora_B = None
-        layer.mode = None
-    return list(layers)
+        A, B, scale, mode = _taken(layer)
+        merge_ = MODES[mode].merge_
+        assert merge_ is not None
+        merge_(layer.sparse_weight, A, B, scale)
+    return [*layers, *head.merge(model)]
 
 
-def trainable(modules: Iterable[nn.Module], parts: Collection[str]) -> list[nn.Parameter]:
-    """The parameters that `parts` name among `modules` themselves (not their children), in order, each once.
-
-    "mask_lora": the adapters. "norms": all of every norm. "biases": every parameter called `bias`, the norms' included.
-    "kept": the values of every SparseLinear. Embeddings and heads belong to none of them, so tied ones never move.
-    """
-    unknown = sorted(set(parts) - set(PARTS))
-    if unknown:
-        raise UserError(f"{unknown[0]!r} is not a part that can be trained; choose among {', '.join(PARTS)}.")
-    found: dict[int, nn.Parameter] = {}
-    for module in modules:
-        own = dict(module.named_parameters(recurse=False))
-        chosen = []
-        if isinstance(module, SparseLinear):
-            chosen += ["lora_A", "lora_B"] if "mask_lora" in parts else []
-            chosen += ["values"] if "kept" in parts else []
-        if "norms" in parts and is_norm(module):
-            chosen += list(own)
-        if "biases" in parts:
-            chosen.append("bias")
-        found |= {id(own[name]): own[name] for name in chosen if name in own}
-    return list(found.values())
+def detach(model: nn.Module) -> dict[str, Adapter]:
+    """Take every adapter off its layer without merging it, and return them by the layer's name."""
+    found = {}
+    for name, layer in adapted(model).items():
+        A, B, scale, _ = _taken(layer)
+        found[name] = Adapter(A.detach(), B.detach(), scale)
+    return found
 
 
-def select_trainable(model: nn.Module, parts: Collection[str]) -> list[nn.Parameter]:
-    """Let the named parts of `model` require gradients, freeze the rest, and return what trains (see `trainable`).
-
-    Adapters that a cast of the model narrowed become fp32 again. UserError where "mask_lora" or "kept" finds no such
-    layer, or nothing at all is left to train; a model without norms or biases simply has none to add.
-    """
-    selected = trainable(model.modules(), parts)
-    for part, remedy in (("mask_lora", "attach adapters"), ("kept", "swap its pruned layers")):
-        if part in parts and not trainable(model.modules(), {part}):
-            raise UserError(f"this model has nothing to train under {part!r}; {remedy} first or leave that part out.")
-    if not selected:
-        raise UserError(f"this model has nothing to train under {', '.join(sorted(parts))}; choose other parts.")
-    model.requires_grad_(False)
-    for parameter in selected:
-        parameter.requires_grad_(True)
-    for adapter in trainable(model.modules(), {"mask_lora"}):
-        adapter.data = adapter.data.to(torch.promote_types(adapter.dtype, torch.float32))
-    return selected
-
-
-def count_trainable(model: nn.Module) -> tuple[int, int]:
-    """(numbers trained, numbers in the dense model). A trained SparseLinear counts its kept weights.
-
-    The total is the model's own: pruned weights count as weights; adapters and packed index bytes do not count.
-    """
-    trained = total = 0
-    counted: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in counted:
-                continue
-            counted.add(id(parameter))
-            own = moving = parameter.numel()
-            if isinstance(module, SparseLinear) and name != "bias":
-                own = module.in_features * module.out_features if name == "values" else 0
-                moving = module.sparse_weight.nnz if name == "values" else moving
-            total += own
-            trained += moving if parameter.requires_grad else 0
-    return trained, total
+def _taken(layer: SparseLinear) -> tuple[Tensor, Tensor, float, str]:
+    A, B, mode = layer.lora_A, layer.lora_B, layer.mode
+    assert A is not None
+    assert B is not None
+    assert mode is not None
+    layer.lora_A = layer.lora_B = None
+    layer.mode = None
+    return A, B, layer.scale, mode

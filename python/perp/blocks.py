@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from perp.activations import InMemory
 from perp.errors import UserError
+from perp.experts import linears
 
 # What a block is called with beside its hidden state: positional and keyword arguments. A hidden state that the model
 # passes by keyword leaves its key in the keywords, with None as its value.
@@ -51,12 +52,12 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return next(name for name, module in model.named_modules() if module is blocks), blocks
 
 
-def prunable(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """The weights to prune: every nn.Linear of the block, by its name qualified with `prefix`, in module order."""
-    return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+def prunable(block: nn.Module, prefix: str) -> dict[str, Any]:
+    """The weights to prune, `perp.experts.linears` of the block, by name qualified with `prefix`, in module order."""
+    return {f"{prefix}.{name}": linear for name, linear in linears(block).items()}
 
 
-def all_prunable(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def all_prunable(model: PreTrainedModel) -> dict[str, Any]:
     """`prunable` of all blocks of the model, in order."""
     prefix, blocks = find_blocks(model)
     return {name: linear for i, block in enumerate(blocks) for name, linear in prunable(block, f"{prefix}.{i}").items()}
@@ -91,11 +92,14 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
 
 @torch.no_grad()
 def outputs(
-    run: Callable[[Tensor, Arguments], Tensor],
-    hidden: Sequence[Tensor],
-    arguments: ArgumentsOf,
+    run: Callable[..., Tensor],
+    hidden: Iterable[Tensor],
+    arguments: Callable[[Sequence[int]], Any],
 ) -> Iterator[Tensor]:
-    """What `run` (a unit, or a block) gives for each window in turn: hidden states [1, T, H] in and out."""
+    """What `run` (a unit, or a block) gives for each window in turn: hidden states [1, T, H] in and out.
+
+    `arguments(window_ids)`: what it is called with beside them.
+    """
     for window, state in enumerate(hidden):
         yield run(state, arguments([window]))
 

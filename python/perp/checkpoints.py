@@ -4,7 +4,9 @@ OUT/                        what model.save_pretrained and the tokenizer write: 
 OUT/perp.json               the manifest
 OUT/perp/masks.safetensors  the masks: `perp.masks`
 OUT/perp/packed.safetensors the pruned linears packed, if asked for: `perp.packed`
+OUT/perp/adapter/           adapters that were kept unmerged: `perp.adapter_files`
 OUT/perp/staging/           only while saving
+OUT/perp/unfinished/        what an interrupted run can go on from, if asked for: `perp.stages`
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from perp import adapter_files, shards
 from perp import manifest as manifests
 from perp import masks as mask_files
 from perp import packed as packed_files
-from perp import shards
+from perp.adapter_files import ADAPTER
+from perp.adapters import Adapter
 from perp.blocks import find_blocks, prunable
 from perp.errors import UserError
+from perp.experts import linears
 from perp.files import flush
 from perp.finished import Finished, Masks
 from perp.linear import SparseLinear
@@ -33,7 +38,7 @@ from perp.lock import LOCK
 from perp.models import INDEX, WEIGHTS, check_finite, quiet, save_weights
 from perp.stream import Stream
 
-STAGING = Path("perp", "staging")
+STAGING, UNFINISHED = Path("perp", "staging"), Path("perp", "unfinished")
 MASKS = Path("perp", "masks.safetensors")
 PACKED = packed_files.PACKED
 
@@ -57,8 +62,8 @@ _MODEL_FILES = (
 def check_output(out: str | Path, overwrite: bool = False, needed: int = 0) -> None:
     """Refuse, before any work, an output directory that could not be written at the end: UserError, one sentence.
 
-    It must be absent or empty, unless `overwrite`, and have room for `needed` bytes. What a killed save left behind
-    counts as empty.
+    It must be absent or empty, unless `overwrite`, and have room for `needed` bytes. What a killed save or run left
+    behind counts as empty.
     """
     out = Path(out)
     try:
@@ -80,9 +85,9 @@ def check_output(out: str | Path, overwrite: bool = False, needed: int = 0) -> N
         )
 
 
-def size(model: nn.Module, packed: bool = False) -> int:
-    """The bytes of a model's weights on the disk, at most, with those of its packed file."""
-    return sum(parameter.nbytes for parameter in model.parameters()) * (2 if packed else 1)
+def size(model: nn.Module, packed: bool = False, resume: bool = False) -> int:
+    """The bytes of a model's weights on the disk, at most, with those of its packed file and of its finished stages."""
+    return sum(parameter.nbytes for parameter in model.parameters()) * (1 + packed + resume)
 
 
 def save(
@@ -93,10 +98,12 @@ def save(
     manifest: Mapping[str, Any],
     overwrite: bool = False,
     packed: bool = False,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> None:
     """Write the model, tokenizer, masks and manifest into `out`, which plain transformers then loads.
 
-    With `packed` the packed file is written too; one of the model that was there before never stays.
+    With `packed` the packed file is written too, and `adapters` that do not merge beside the model; those of a model
+    that was there before never stay.
 
     `masks`: qualified layer name -> bool [N, K], True = kept; every layer an nn.Linear again. Before writing, pruned
     weights must be exactly zero, all weights finite and the manifest's counts the masks'. Everything is staged and
@@ -113,6 +120,8 @@ def save(
         mask_files.write(masks, new / MASKS)
         if packed:
             _write_packed(model, masks, new / PACKED)
+        if adapters:
+            adapter_files.write(adapters, new / ADAPTER)
         manifests.write(manifest, new / manifests.NAME)
         _finish(new, staging / "old", out)
 
@@ -179,7 +188,7 @@ def _finish(new: Path, old: Path, out: Path) -> None:
         if path.is_file():
             path.chmod(ordinary)
         flush(path)
-    _move_into_place(new, old, out, [*_model_files(out), out / PACKED])
+    _move_into_place(new, old, out, [*_model_files(out), out / PACKED, *(out / ADAPTER).glob("*")])
 
 
 def add_packed(model: nn.Module, directory: str | Path, masks: Mapping[str, Tensor]) -> None:
@@ -238,7 +247,7 @@ def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
 def _is_empty(out: Path) -> bool:
     entries = {entry.name for entry in out.iterdir()}
     if entries == {"perp"}:
-        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name, LOCK.name}
+        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name, UNFINISHED.name, LOCK.name}
     # A save killed while moving its files has moved every one of them but config.json.
     unfinished = (out / STAGING).exists() and not (out / "config.json").exists()
     return not entries or (unfinished and entries <= {"perp", *(file.name for file in _model_files(out))})
@@ -269,8 +278,9 @@ def _check_counts(masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> N
 
 def _check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     modules = dict(model.named_modules())
+    fused = {name: linear for name, linear in linears(model).items() if name not in modules}
     for name, mask in masks.items():
-        weight = getattr(modules.get(name), "weight", None)
+        weight = getattr(modules.get(name, fused.get(name)), "weight", None)
         if weight is None or weight.shape != mask.shape:
             raise UserError(f"the mask of {name} fits no layer of this model; save the masks it was pruned with.")
         lost = int(weight.detach()[~mask.to(weight.device)].count_nonzero())
@@ -297,7 +307,9 @@ def _write_packed(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> 
     def weight(name: str) -> Tensor:
         return model.get_submodule(name).weight.detach()  # type: ignore[operator]
 
-    packed_files.write(path, masks, weight, lambda name: masks[name].to(weight(name).device))
+    # Fused experts stay in the model's own files: load_packed puts a layer where an nn.Linear was.
+    names = [name for name, mask in masks.items() if mask.ndim == 2]
+    packed_files.write(path, names, weight, lambda name: masks[name].to(weight(name).device))
 
 
 def _write_packed_streamed(stream: Stream, stage: Finished, masks: Masks, path: Path) -> None:

@@ -4,7 +4,7 @@ block-00003.safetensors        a finished block, its tensors named as in the mod
 block-00003.masks.safetensors  its masks: `perp.masks`
 block-00003.json               checksums of both, and the losses of its units; written last: then the block counts
 unit-NAME.safetensors          a finished unit of the block in hand: weights "LAYER.weight" by their names in the block,
-                               masks "mask:LAYER"; metadata "perp-unit": a JSON object of their columns and the loss
+                               masks "mask:LAYER"; metadata "perp-unit": a JSON object of their shapes and the loss
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import perp_kernels as pk
 from perp import masks as mask_files
 from perp import shards
 from perp.errors import UserError
@@ -67,8 +66,8 @@ class Finished:
         path = self._block(index)
         return shards.slices(dict.fromkeys(shards.header(path), path))
 
-    def masks(self, index: int) -> dict[str, tuple[Tensor, int]]:
-        """The masks of a finished block as bits, with their columns."""
+    def masks(self, index: int) -> dict[str, mask_files.Bits]:
+        """The masks of a finished block as bits, with their shapes."""
         self._verify(index)
         return mask_files.read_bits(self._block(index, ".masks.safetensors"))
 
@@ -89,11 +88,11 @@ class Finished:
     ) -> None:
         """A finished unit of a block that is not finished."""
         about = {
-            "columns": {layer: mask.shape[1] for layer, mask in masks.items()},
+            "shapes": {layer: list(mask.shape) for layer, mask in masks.items()},
             "loss": losses and _to_json(losses),
         }
         tensors = {layer: weight.detach().cpu().contiguous() for layer, weight in weights.items()}
-        tensors |= {f"{_MASK}{layer}": pk.pack_bits(mask).cpu() for layer, mask in masks.items()}
+        tensors |= {f"{_MASK}{layer}": mask_files.pack(mask)[0] for layer, mask in masks.items()}
         path = self._unit(name)
         written = path.with_name(f".{path.name}")
         save_file(tensors, written, metadata={_UNIT: json.dumps(about)})
@@ -107,8 +106,8 @@ class Finished:
                 about = json.loads(file.metadata()[_UNIT])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             masks = {
-                layer: pk.unpack_bits(tensors.pop(f"{_MASK}{layer}"), columns)
-                for layer, columns in about["columns"].items()
+                layer: mask_files.unpack(tensors.pop(f"{_MASK}{layer}"), tuple(shape))
+                for layer, shape in about["shapes"].items()
             }
             return tensors, masks, about["loss"] and _from_json(about["loss"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -153,11 +152,11 @@ class Finished:
 class Masks(Mapping[str, Tensor]):
     """Masks by qualified name of the layer, bool [N, K], each unpacked when it is asked for; `bits` are mapped."""
 
-    def __init__(self, bits: dict[str, tuple[Tensor, int]]) -> None:
+    def __init__(self, bits: dict[str, mask_files.Bits]) -> None:
         self.bits = bits
 
     def __getitem__(self, name: str) -> Tensor:
-        return pk.unpack_bits(*self.bits[name])
+        return mask_files.unpack(*self.bits[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.bits)
@@ -167,9 +166,9 @@ class Masks(Mapping[str, Tensor]):
 
 
 def _to_json(losses: Losses) -> dict[str, Any]:
-    return {name: value if math.isfinite(value) else None for name, value in asdict(losses).items()}
+    return {name: value if value is None or math.isfinite(value) else None for name, value in asdict(losses).items()}
 
 
 def _from_json(told: Mapping[str, Any]) -> Losses:
-    after = told["after"]
-    return Losses(told["before"], math.nan if after is None else after, told["restored"])
+    after = math.nan if told["after"] is None else told["after"]
+    return Losses(told["before"], after, told["restored"], told["unmerged"])

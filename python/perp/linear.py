@@ -11,18 +11,22 @@ from torch import Tensor, nn
 
 import perp_kernels as pk
 from perp.errors import UserError
+from perp.experts import ExpertLinear, close, is_open, open_experts
+from perp.modes import MODES
 
 
 class SparseLinear(nn.Module):
     """y = x W^T + bias with a pruned W [out_features, in_features], alone or with an adapter beside it.
 
+    The same projection of several experts is one layer, with W [experts, out_features, in_features]; A and B then have
+    the number of experts in front, too.
+
     The components of the `pk.SparseWeight` are parameters of this module, dim 0 = output rows, so that sharding, `.to`,
     `state_dict` and `deepcopy` see ordinary tensors: `values` in the weight's dtype, `index` uint8 and, where rows keep
     unequal counts, `row_ptr` int64. None of them asks for a gradient until it is told to; `index` and `row_ptr` cannot.
 
-    With `mode` None the layer is W alone. With "mask_lora" (`perp.adapters` attaches it) the effective weight is
-    W + scale * M ⊙ (B A), M the mask, A = `lora_A` [r, in_features], B = `lora_B` [out_features, r]
-    (PERP, arXiv 2312.15230: MaskLoRA).
+    With `mode` None the layer is W alone. With one of `perp.modes.MODES` (`perp.adapters` attaches it) an adapter makes
+    the effective weight of it, A = `lora_A` [r, in_features], B = `lora_B` [out_features, r].
     """
 
     values: nn.Parameter
@@ -34,7 +38,8 @@ class SparseLinear(nn.Module):
 
     def __init__(self, weight: pk.SparseWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        self.shape = weight.shape
+        self.out_features, self.in_features = weight.shape[-2:]
         self.layout = weight.layout
         self.mode: str | None = None
         self.scale = 1.0
@@ -47,17 +52,20 @@ class SparseLinear(nn.Module):
         self.register_parameter("lora_B", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, mask: Tensor, layout: str = "dense") -> SparseLinear:
-        """Pack `linear.weight` under `mask` (bool [out, in], True = kept); the bias parameter is shared, not copied."""
+    def from_linear(cls, linear: nn.Linear | ExpertLinear, mask: Tensor, layout: str = "dense") -> SparseLinear:
+        """Pack `linear.weight` under `mask` (bool of its shape, True = kept); the bias parameter is shared."""
         layer = cls(pk.pack(linear.weight.detach(), mask, layout=layout), linear.bias)
         return layer.train(linear.training)
 
-    def to_linear(self) -> nn.Linear:
-        """The same layer as nn.Linear, pruned weights exactly zero; UserError while an adapter is attached."""
+    def to_linear(self) -> Any:
+        """The layer as nn.Linear (or ExpertLinear), pruned weights exactly zero; UserError while it has an adapter."""
         if self.mode is not None:
             raise UserError(f"the layer still carries its {self.mode} adapter; merge adapters before unswapping.")
+        weight = nn.Parameter(self.sparse_weight.unpack(), requires_grad=self.values.requires_grad)
+        if len(self.shape) == 3:
+            return ExpertLinear(weight, self.bias).train(self.training)
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.sparse_weight.unpack(), requires_grad=self.values.requires_grad)
+        linear.weight = weight
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
@@ -68,28 +76,29 @@ class SparseLinear(nn.Module):
             values=self.values,
             index=self.index,
             row_ptr=self.row_ptr,
-            shape=(self.out_features, self.in_features),
+            shape=self.shape,
             layout=self.layout,
         )
 
     @property
     def weight(self) -> Tensor:
         """The effective weight, adapter included: a new dense tensor without gradient, for readers of nn.Linear."""
-        packed = self.sparse_weight
-        if self.mode is not None:
-            packed.values = packed.values.detach().clone()
-            packed.add_lowrank_(self.lora_A, self.lora_B, self.scale)
-        return packed.unpack()
+        if self.mode is not None and self.lora_A is not None and self.lora_B is not None:
+            return MODES[self.mode].effective(self.sparse_weight, self.lora_A, self.lora_B, self.scale)
+        return self.sparse_weight.unpack()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] in the dtype of `values` -> [..., out_features]."""
-        if self.mode == "mask_lora":
-            return pk.masked_lora_linear(x, self.sparse_weight, self.lora_A, self.lora_B, self.scale, self.bias)
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """x [..., in_features] in the dtype of `values` -> [..., out_features].
+
+        With experts, x [T, in_features] is sorted by expert and `offsets`, int64 [E], says where each one's tokens end.
+        """
+        if self.mode is not None and self.lora_A is not None and self.lora_B is not None:
+            forward = MODES[self.mode].forward
+            return forward(x, self.sparse_weight, self.lora_A, self.lora_B, self.scale, self.bias, offsets)
         # Not through nn.Module's attributes, which take longer to find than the parameters of a small product to read.
         own: dict[str, Any] = self._parameters
-        shape = (self.out_features, self.in_features)
-        weight = pk.SparseWeight(own["values"], own["index"], own["row_ptr"], shape, self.layout)
-        return pk.sparse_linear(x, weight, own["bias"])
+        weight = pk.SparseWeight(own["values"], own["index"], own["row_ptr"], self.shape, self.layout)
+        return pk.sparse_linear(x, weight, own["bias"], offsets)
 
     def extra_repr(self) -> str:
         adapter = "" if self.lora_A is None else f", mode={self.mode}, r={self.lora_A.shape[0]}, scale={self.scale:g}"
@@ -100,14 +109,29 @@ class SparseLinear(nn.Module):
 def swap_linears(model: nn.Module, masks: Mapping[str, Tensor], layout: str = "dense") -> list[str]:
     """Replace in place each nn.Linear that `masks` names (qualified name -> bool [out, in], True = kept); the names.
 
+    Fused experts (bool [experts, out, in]) are opened first, see `perp.experts`.
     Names are checked before anything is replaced: each must be an nn.Linear, have its mask's shape and own its weight
     alone, since packing one side of a tied weight would silently untie it. The dense weights are released one by one.
     """
+    newly_open = open_experts(model, masks.keys())
+    try:
+        _check_swap(model, masks)
+    except UserError:
+        for module in newly_open:
+            close(module)
+        raise
+    modules = dict(model.named_modules())
+    for name, mask in masks.items():
+        replace_module(model, name, SparseLinear.from_linear(modules.pop(name), mask, layout))
+    return list(masks)
+
+
+def _check_swap(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
     for name, mask in masks.items():
         linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, (nn.Linear, ExpertLinear)):
             raise UserError(f"{name} is not an nn.Linear of this model; masks must name the layers that were pruned.")
         if mask.dtype != torch.bool or mask.shape != linear.weight.shape:
             raise UserError(
@@ -115,13 +139,13 @@ def swap_linears(model: nn.Module, masks: Mapping[str, Tensor], layout: str = "d
             )
         if owners[id(linear.weight)] > 1:
             raise UserError(f"the weight of {name} is tied to another module; a tied weight cannot be pruned.")
-    for name, mask in masks.items():
-        replace_module(model, name, SparseLinear.from_linear(modules.pop(name), mask, layout))
-    return list(masks)
 
 
-def unswap(model: nn.Module) -> list[str]:
-    """Put nn.Linear back for every SparseLinear, pruned weights exactly zero; UserError before adapters are merged."""
+def unswap(model: nn.Module, keep_open: bool = False) -> list[str]:
+    """Put nn.Linear back for every SparseLinear, pruned weights exactly zero; UserError before adapters are merged.
+
+    Open experts are fused again, unless `keep_open`.
+    """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
     for name, layer in layers.items():
         if layer.mode is not None:
@@ -129,6 +153,8 @@ def unswap(model: nn.Module) -> list[str]:
     names = list(layers)
     for name in names:
         replace_module(model, name, layers.pop(name).to_linear())
+    for module in [module for module in model.modules() if is_open(module) and not keep_open]:
+        close(module)
     return names
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from perp.distil import Teacher
 
 # Logits held at once: 32 MB in fp32; in training their gradient takes as much again.
 LOGITS = 1 << 23
@@ -64,39 +68,53 @@ class Head:
         return found.shape == own.shape and bool((found - own).abs().max() <= bound)
 
 
+# (logits [n, V] in fp32, positions start..stop of all) -> the summed loss of these positions.
+PartLoss = Callable[[Tensor, int, int], Tensor]
+
+
 class WindowLoss:
-    """The summed cross-entropy of windows, times a factor; differentiable by whatever of the model is trained."""
+    """The summed cross-entropy of windows, times a factor; differentiable by whatever of the model is trained.
 
-    def __init__(self, model: Any) -> None:
+    With a `teacher`, the cross-entropy gives way to it in part: see `perp.distil`.
+    """
+
+    def __init__(self, model: Any, teacher: Teacher | None = None) -> None:
         self.head = Head(model)
-        inner = {id(parameter) for parameter in self.head.decoder.parameters()}
-        self.trained = [p for p in model.parameters() if p.requires_grad and id(p) not in inner]
+        # By module: an embedding that is tied to the head belongs to both.
+        inner = set(self.head.decoder.modules())
+        outer = [module for module in model.modules() if module not in inner]
+        own = {id(p): p for module in outer for p in module.parameters(recurse=False) if p.requires_grad}
+        self.trained = list(own.values())
+        self.lesson = teacher and teacher.lesson(self.head, self.trained)
 
-    def __call__(self, ids: Tensor, factor: float) -> Tensor:
-        """ids int64 [b, T] -> fp32 scalar; b (T - 1) targets."""
+    def __call__(self, ids: Tensor, factor: float, numbers: Sequence[int] = ()) -> Tensor:
+        """ids int64 [b, T], the windows `numbers` of the teacher -> fp32 scalar; b (T - 1) targets."""
         targets = ids[:, 1:].flatten()
+
+        def loss(logits: Tensor, start: int, stop: int) -> Tensor:
+            return F.cross_entropy(logits, targets[start:stop], reduction="sum")
+
         if not self.head.apart:
-            logits = self.head.whole(ids)[:, :-1].flatten(0, 1).float()
-            return F.cross_entropy(logits, targets, reduction="sum") * factor
+            return loss(self.head.whole(ids)[:, :-1].flatten(0, 1).float(), 0, len(targets)) * factor
         hidden = self.head.states(ids)[:, :-1].flatten(0, 1)
-        return _ChunkedLoss.apply(hidden, targets, self.head, *self.trained) * factor
+        part_loss = self.lesson.mixed(loss, numbers) if self.lesson else loss
+        return _ChunkedLoss.apply(hidden, self.head, part_loss, *self.trained) * factor
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of hidden states [n, H]: each chunk's gradient is formed beside its loss, logits dropped."""
+    """The summed loss of hidden states [n, H]: each chunk's gradient is formed beside its loss, logits dropped."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, part_loss: PartLoss, *trained: Tensor) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         gradients = [torch.empty_like(hidden), *map(torch.zeros_like, trained)]
         rows = head.chunk()
         for start in range(0, len(hidden), rows):
             with torch.enable_grad():
                 part = hidden[start : start + rows].detach().requires_grad_()
-                logits = head.logits(part).float()
-                part_loss = F.cross_entropy(logits, targets[start : start + rows], reduction="sum")
-                found = torch.autograd.grad(part_loss, [part, *trained], materialize_grads=True)
-            total += part_loss.detach()
+                loss = part_loss(head.logits(part).float(), start, start + len(part))
+                found = torch.autograd.grad(loss, [part, *trained], materialize_grads=True)
+            total += loss.detach()
             gradients[0][start : start + rows] = found[0]
             for gradient, more in zip(gradients[1:], found[1:], strict=True):
                 gradient += more

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class AdamW:
     """AdamW (betas 0.9 and 0.999, eps 1e-8, weight decay 0) over a fixed number of steps with `learning_rate`.
 
     16-bit parameters are trained through fp32 copies: gradients are added up in fp32, moments and update are fp32, and
-    the parameter is the rounded copy. For float16 activations (`dtype`) the loss is scaled; a step whose gradients
-    overflow is computed again at half the scale, so none is lost.
+    the parameter is the rounded copy; `masters` gives that copy where there is one already. For float16 activations
+    (`dtype`) the loss is scaled; a step whose gradients overflow is computed again at half the scale, so none is lost.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class AdamW:
         steps: int,
         warmup: float = 0.1,
         dtype: torch.dtype = torch.float32,
+        masters: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         if not self.parameters:
@@ -57,7 +59,8 @@ class AdamW:
         self.scale = INITIAL_LOSS_SCALE if dtype == torch.float16 else 1.0
         for parameter in self.parameters:
             parameter.grad = None
-        self.masters = [p.detach().float() if p.dtype.itemsize < 4 else p for p in self.parameters]
+        known = masters or {}
+        self.masters = [known.get(p, p.detach().float() if p.dtype.itemsize < 4 else p) for p in self.parameters]
         self.adam = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0)
 
     def step(self, losses: Sequence[Callable[[], Tensor]]) -> float:
@@ -89,6 +92,25 @@ class AdamW:
                     parameter.copy_(master)
         self.taken += 1
         return total
+
+    def state(self) -> dict[str, Any]:
+        """All that another AdamW over the same parameters needs to go on from here: tensors, shared, and numbers."""
+        return {
+            "taken": self.taken,
+            "scale": self.scale,
+            "adam": self.adam.state_dict(),
+            "masters": [master.detach() for master in self.masters],
+        }
+
+    @torch.no_grad()
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave, parameters included."""
+        self.taken, self.scale = state["taken"], state["scale"]
+        self.adam.load_state_dict(state["adam"])
+        for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
+            master.copy_(saved)
+            if master is not parameter:
+                parameter.copy_(master)
 
     def _backward(self, loss: Tensor, rate: float) -> float:
         value = loss.item()

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from perp import checkpoints, manifest, packed_model
-from perp.adapters import count_trainable, merge
+from perp import checkpoints, manifest, packed_model, parts
+from perp.adapters import attach, merge
 from perp.files import commit
 from perp.finished import Finished, Masks
 from perp.linear import SparseLinear
+from perp.parts import count_trainable
 from perp.progress import Progress
 from perp.residence import put
 from perp.retrain import RetrainSettings
 from perp.retrain import retrain as train
-from perp.retrain_state import Checkpoints
 from perp.stream import Stream
 
-_OUTSIDE, _SHARE = "outside.safetensors", "perp-trained"
+_OUTSIDE, _TRAINED = "outside.safetensors", "perp-trained"
 
 
 def retrain(
@@ -39,20 +40,22 @@ def retrain(
     windows: Tensor,
     settings: RetrainSettings,
     progress: Progress,
-) -> float:
-    """Train the model whose blocks are finished in `before`, and finish them in `stage`; the share that was trained.
+) -> tuple[int, int]:
+    """Train the model whose blocks are finished in `before`, and finish them in `stage`.
 
     `windows`: token ids, int64 [n, T]. What trained outside the blocks is kept in the stage, and put in place: see
-    `adopt_outside`. An earlier process's steps and blocks are gone on from.
+    `adopt_outside`. An earlier process's steps and blocks are gone on from. Returns how many parameters were trained,
+    and how many there are.
     """
     base, count = stage.directory / "base", len(stream.blocks)
     outside = stage.directory / _OUTSIDE
     if not (outside.exists() and all(map(stage.has_block, range(count)))):
         model = _packed(stream, before, tokenizer, base, settings)
-        train(model, windows, settings, progress, Checkpoints(stage.directory / "steps.safetensors"))
-        trained, total = count_trainable(model)
+        _train(model, windows, settings, progress, stage.directory)
+        trained = count_trainable(model)
+        names = {name for name, weight in model.named_parameters() if weight.requires_grad}
         merge(model)
-        _write_outside(stream, model, outside, trained / total)
+        _write({name: model.get_parameter(name) for name in names if not _inside(stream, name)}, outside, trained)
         with stream.reading(before.tensors):
             for index in range(count):
                 if not stage.has_block(index):
@@ -61,7 +64,31 @@ def retrain(
     shutil.rmtree(base, ignore_errors=True)
     adopt_outside(stream, stage)
     with safe_open(outside, framework="pt") as file:
-        return float(json.loads(file.metadata()[_SHARE]))
+        counted, total = json.loads(file.metadata()[_TRAINED])
+        return counted, total
+
+
+def _train(model: Any, windows: Tensor, settings: RetrainSettings, progress: Progress, directory: Path) -> None:
+    """Train, or take what an earlier process has trained to the end."""
+    done = directory / "trained.safetensors"
+    if not done.exists():
+        train(model, windows, settings, progress, checkpoint=directory / "steps.pt")
+        names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        _write({name: model.get_parameter(name) for name in names}, done, count_trainable(model))
+        return
+    if mode := parts.adapter_mode(settings.parts):
+        attach(model, mode, settings.r, settings.alpha, settings.seed)
+    parts.select_trainable(model, settings.parts)
+    with safe_open(done, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            model.get_parameter(name).data = file.get_tensor(name).clone()
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path, trained: tuple[int, int]) -> None:
+    written = path.with_name(f".{path.name}")
+    plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    save_file(plain, written, metadata={_TRAINED: json.dumps(trained)})
+    commit(written, path)
 
 
 def adopt_outside(stream: Stream, stage: Finished) -> None:
@@ -80,15 +107,8 @@ def _packed(stream: Stream, before: Finished, tokenizer: Any, base: Path, settin
     return packed_model.load_weights(base, dtype, str(stream.device))
 
 
-def _write_outside(stream: Stream, model: nn.Module, path: Path, share: float) -> None:
-    tensors = {
-        name: weight.detach().cpu().clone()
-        for name, weight in model.named_parameters()
-        if not name.startswith(f"{stream.prefix}.") and weight.requires_grad
-    }
-    written = path.with_name(f".{path.name}")
-    save_file(tensors, written, metadata={_SHARE: json.dumps(share)})
-    commit(written, path)
+def _inside(stream: Stream, name: str) -> bool:
+    return name.startswith(f"{stream.prefix}.")
 
 
 @torch.no_grad()

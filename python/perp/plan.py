@@ -181,7 +181,7 @@ def predict(shape: Shape, work: Work, rates: Rates, stream: bool, activations: s
         resident = shape.block * shape.itemsize if stream else model
         if work.gpu:
             device = working + resident
-            host = OVERHEAD + (0 if stream else shape.inside)
+            host = OVERHEAD + (shape.block if stream else shape.inside)
             device += waiting if activations == "device" else 0
         else:
             host = OVERHEAD + (working if stream else whole + round(HEAP * working))
@@ -258,9 +258,12 @@ def _prune_memory(shape: Shape, work: Work) -> int:
         if work.statistics == "gram":
             # The damped Gram, its inverse and the factor; the weight in fp32 and its mask.
             select = 3 * 4 * max((inputs for _, inputs in unit.linears), default=0) ** 2 + 6 * largest
-        peaks.append(pruned + select)
+        dense = unit.weights * shape.itemsize
+        # On a GPU the whole block is there already; packed, a unit has given up its dense weights.
+        beside = largest * shape.itemsize if work.gpu else pruned
+        peaks.append(beside + select)
         if work.trained:
-            peaks.append(pruned - unit.weights * shape.itemsize + _fit_memory(unit, shape, work))
+            peaks.append((0 if work.gpu else pruned) - dense + _fit_memory(unit, shape, work))
     return sums + max(peaks, default=0)
 
 
@@ -268,7 +271,7 @@ def _fit_memory(unit: UnitShape, shape: Shape, work: Work) -> int:
     kept, wide = work.kept * unit.weights, 4 if shape.itemsize < 4 else 0
     packed = kept * shape.itemsize + unit.weights / 8
     graph = _unit_graph(unit, shape, work.batch * work.seqlen)
-    masks = unit.weights  # a byte each
+    masks = 0 if work.gpu else unit.weights  # a byte each, in memory
     if work.trained == "mask_lora":
         adapters = work.rank * sum(outputs + inputs for outputs, inputs in unit.linears)
         return round(2 * packed + masks + adapters * 4 * 4 + graph)

@@ -122,8 +122,10 @@ def told(plan: Plan, bytes: int, device_bytes: int, seconds: float) -> str:
 
 def _seconds(call: Callable[[], Tensor], device: str) -> float:
     """The best time of a call within the time of the probe."""
-    best, ended = float("inf"), time.perf_counter() + PROBE
-    while best == float("inf") or time.perf_counter() < ended:
+    call()  # torch prepares its first product of a shape
+    best, ended, calls = float("inf"), time.perf_counter() + PROBE, 0
+    while calls < 3 or time.perf_counter() < ended:
+        calls += 1
         started = time.perf_counter()
         call()
         if device != "cpu":

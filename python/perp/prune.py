@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
-from collections.abc import Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from perp import pruners
 from perp.activations import fill
-from perp.adapters import trainable
-from perp.blocks import ArgumentsOf, all_prunable, find_blocks, outputs, prunable, run_block
+from perp.blocks import Arguments, ArgumentsOf, Calls, all_prunable, find_blocks, outputs, prunable, run_block
 from perp.errors import UserError
+from perp.experts import opened, routers
+from perp.flow import Flow, run
+from perp.granularity import Granularity
 from perp.models import check_finite
+from perp.parts import WEIGHTS, trainable
 from perp.progress import Progress, Silent
 from perp.pruners import Pruner, magnitude
 from perp.reconstruct import Losses, ReconstructSettings
 from perp.reconstruct import reconstruct as fit
 from perp.residence import Residence, Resident
+from perp.spans import Matrix, Span, matrices, spans
 from perp.statistics import Statistics, collect
 from perp.units import Unit, units
 from perp_kernels import Pattern
@@ -49,43 +55,37 @@ def prune_model(
     method: str = "wanda",
     pattern: str | Pattern = "0.5",
     reconstruct: ReconstructSettings | None = None,
-    granularity: str = "half-block",
+    granularity: str | int | Granularity = "half-block",
     progress: Progress | None = None,
     residence: Residence | None = None,
 ) -> Pruned:
-    """Prune every nn.Linear of the decoder's blocks in place; embeddings, head and norms are not pruned.
+    """Prune every linear of the decoder's blocks in place, experts' included (`perp.experts`), and nothing else.
 
     `windows`: calibration token ids, int64 [n, T]; None will do for a method without statistics where nothing is
-    reconstructed. `pattern` takes the method's scope where it names none. `granularity`: "half-block" or "block", the
-    unit of reconstruction.
+    reconstructed. `pattern` takes the method's scope where it names none. `granularity`: the unit of reconstruction
+    (`perp.granularity`); what it reads and is fitted to: `perp.flow`.
 
-    Each block is fed by the pruned blocks before it. One pass with its dense weights gives the statistics of all its
-    linears; then each unit in turn is pruned and, with `reconstruct`, fitted to what its dense weights compute from the
-    same inputs. `residence`: where the blocks and the activations are, for those not in memory; units that it has from
-    an earlier run are not computed again. The model is put in eval mode. What can be refused is refused before any
-    weight changes: UserError, or PatternError for a layer whose inputs do not divide by M.
+    Each block is fed by the pruned blocks before it, unless the settings ask for dense inputs. One pass with its dense
+    weights gives the statistics of all its linears; then each unit in turn is pruned and, with `reconstruct`, fitted to
+    its target. `residence`: where blocks and activations are, for those not in memory; units that it has from an
+    earlier run are not computed again, and a unit is a block or half of one. The model is put in eval mode. What can be
+    refused is refused before any weight changes: UserError, or PatternError for a layer whose inputs do not divide by
+    M.
     """
     started = time.monotonic()
-    progress = progress or Silent()
     pruner, pattern = pruners.resolve(method, pattern)
-    prefix, blocks = find_blocks(model.eval())
-    _check(model, pattern, reconstruct)
+    size = Granularity.parse(granularity) if reconstruct else Granularity("block")
     residence = residence or Resident()
-    job = _Job(pruner, pattern, reconstruct, residence)
-    calls = None
-    if pruner.NEEDS or reconstruct:
-        if windows is None:
+    if not isinstance(residence, Resident) and size.name not in ("block", "half-block"):
+        raise UserError(f"a streamed model cannot be reconstructed by {size}; choose block or half-block.")
+    with opened(model.eval()):
+        _check(model, pattern, reconstruct, size)
+        if windows is None and (pruner.NEEDS or reconstruct):
             raise UserError(f"{method} needs windows of calibration text here; give some.")
-        calls = residence.calls(model, windows)
-    progress.stage("prune", len(blocks))
-    for index, parts in units(model, windows, granularity if reconstruct else "block", calls, residence.enter):
-        if calls is not None:
-            job.calibrated(parts, calls.hidden, partial(calls.arguments, index), last=index + 1 == len(blocks))
-        elif not residence.has(parts[0]):
-            job.prune(parts[0], {})
-        residence.leave(index, parts, job.losses)
-        progress.unit(f"{prefix}.{index}", **job.figures(parts))
-    progress.done()
+        needed = windows if pruner.NEEDS or reconstruct else None
+        calls = None if needed is None else residence.calls(model, needed)
+        job = _Job(pruner, pattern, reconstruct, calls, residence)
+        job.run(model, windows, size, progress or Silent())
     if job.unread:
         warnings.warn(
             f"{len(job.unread)} linears read no token of the calibration text and were pruned by magnitude, such as "
@@ -95,7 +95,9 @@ def prune_model(
     return Pruned(job.masks, job.losses, time.monotonic() - started)
 
 
-def _check(model: PreTrainedModel, pattern: Pattern, reconstruct: ReconstructSettings | None) -> None:
+def _check(
+    model: PreTrainedModel, pattern: Pattern, reconstruct: ReconstructSettings | None, size: Granularity
+) -> None:
     """Refuse what cannot be pruned; warn of weights in the blocks that are not an nn.Linear's."""
     prefix, blocks = find_blocks(model)
     linears = all_prunable(model)
@@ -105,11 +107,14 @@ def _check(model: PreTrainedModel, pattern: Pattern, reconstruct: ReconstructSet
         if linear.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"the weight of {name} is {linear.weight.dtype}; load the model unquantised to prune it.")
         pattern.check(linear.in_features, name)
+        if size.name == "matrix" and linear.weight.ndim > 2:
+            raise UserError(f"{name} is of several experts, which read no input in common; choose half-block or more.")
     check_finite(model, type(model).__name__)
-    weightless = reconstruct and not {"kept", "mask_lora"} & set(reconstruct.parts)
+    weightless = reconstruct and not set(WEIGHTS) & set(reconstruct.parts)
     if reconstruct and weightless and not trainable(blocks.modules(), reconstruct.parts):
         raise UserError(f"the blocks have no {' or '.join(sorted(reconstruct.parts))} to reconstruct with; add kept.")
-    covered = {id(linear.weight) for linear in linears.values()}
+    covered = {id(weight) for linear in linears.values() for weight in linear.parameters()}
+    covered |= {id(weight) for block in blocks for router in routers(block) for weight in router.parameters()}
     others = [name for name, weight in blocks.named_parameters() if weight.ndim > 1 and id(weight) not in covered]
     if others:
         warnings.warn(
@@ -122,86 +127,210 @@ class _Job:
     """One run of `prune_model`: the method, and what it has given so far."""
 
     def __init__(
-        self, pruner: Pruner, pattern: Pattern, settings: ReconstructSettings | None, residence: Residence
+        self,
+        pruner: Pruner,
+        pattern: Pattern,
+        settings: ReconstructSettings | None,
+        calls: Calls | None,
+        residence: Residence,
     ) -> None:
-        self.pruner, self.pattern, self.settings, self.residence = pruner, pattern, settings, residence
+        self.pruner, self.pattern, self.settings, self.calls = pruner, pattern, settings, calls
+        self.residence = residence
+        how = {"inputs": settings.inputs, "targets": settings.targets} if settings else {}
+        self.flow = Flow(calls.hidden if calls else [], states=residence.states, **how)
         self.masks = residence.masks
         self.losses: dict[str, Losses] = {}
         self.unread: list[str] = []
 
-    def calibrated(
-        self,
-        parts: Sequence[Unit],
-        hidden: MutableSequence[Tensor],
-        arguments: ArgumentsOf,
-        last: bool,
-    ) -> None:
-        """Prune (and reconstruct) the units of a block; unless it is the `last`, `hidden` becomes its outputs."""
+    def run(self, model: PreTrainedModel, windows: Tensor | None, size: Granularity, progress: Progress) -> None:
+        """Prune all blocks, and reconstruct them by units of this size."""
+        prefix, blocks = find_blocks(model)
+        progress.stage("prune", len(blocks))
+        if size.blocks != 1:
+            for span in spans(model, size.blocks):
+                self.span(span, last=span.indices.stop == len(blocks))
+                for index in span.indices:
+                    progress.unit(f"{prefix}.{index}", **self.figures([span]))
+            progress.done()
+            return
+        unit = "half-block" if size.name == "half-block" else "block"
+        for index, parts in units(model, windows, unit, self.calls, self.residence.enter):
+            last = index + 1 == len(blocks)
+            if self.calls is None:
+                self.prune_all([unit for unit in parts if not self.residence.has(unit)], {})
+            elif size.name == "matrix":
+                alone = matrices(parts[0])
+                self.matrices(alone, partial(self.calls.arguments, index), last)
+                parts = [*alone]
+            else:
+                self.block(parts, partial(self.calls.arguments, index), last)
+            self.residence.leave(index, parts, self.losses)
+            progress.unit(f"{prefix}.{index}", **self.figures(parts))
+        progress.done()
+
+    def block(self, parts: Sequence[Unit], arguments: ArgumentsOf, last: bool) -> None:
+        """Prune (and reconstruct) the units of a block; unless it is the `last`, the flow goes on behind it."""
+        flow, whole = self.flow, partial(run_block, parts[0].block)
         # Asked before any of them is restored, since the others are observed in the dense block.
         known = {unit.name for unit in parts if self.residence.has(unit)}
-        new = [unit for unit in parts if unit.name not in known]
-        statistics, targets = self._observe(new, hidden, arguments) if new else ({}, {})
-        given = self.residence.states()
-        for unit in parts:
-            if self.settings and unit.follows:
-                hidden[:] = given
-                if unit.name not in known:
-                    targets[unit.name] = self._states(outputs(unit, hidden, arguments))
-            if unit.name in known:
-                losses = self.residence.restore(unit)
-                given = self._states(outputs(unit, hidden, arguments) if self.settings else ())
+        if not self.settings:
+            if known:
+                self.residence.restore(parts[0])
             else:
-                losses = None
+                self.prune_all(parts, self._statistics(parts, arguments))
+            if not last:
+                run(whole, flow.hidden, arguments)
+            return
+        # Units that follow each other end with the block; parallel ones have to be put together by the block itself.
+        chained = parts[-1].end is None
+        after = self._states(outputs(whole, flow.taught, arguments)) if flow.keeps_targets and not chained else None
+        taught = [unit for unit in parts if flow.keeps_targets or unit.name not in known]
+        statistics, targets = self._observe(taught, arguments) if taught else ({}, {})
+        for unit in parts:
+            if unit.follows and unit in taught:
+                targets[unit.name] = self._states(outputs(unit, flow.taught, arguments))
+            if unit.name in known:
+                self._restore(unit)
+                given = targets.pop(unit.name, None) or self._states(outputs(unit, flow.hidden, arguments))
+            else:
                 self.prune(unit, statistics)
-                if self.settings:
-                    given = targets.pop(unit.name)
-                    if unit.linear_names:
-                        losses = fit(unit, self.masks, hidden, given, arguments, self.settings)
-            if losses:
-                self.losses[unit.name] = losses
-            # The last one is kept with the block.
-            if unit.name not in known and unit is not parts[-1]:
-                self.residence.keep(unit, losses)
-        if self.settings and parts[-1].end is None:
-            hidden[:] = given
-        elif not last:
-            for window, output in enumerate(outputs(partial(run_block, parts[0].block), hidden, arguments)):
-                hidden[window] = output
+                given = targets.pop(unit.name)
+                self.fit(unit, flow.hidden, given, arguments)
+                if unit is not parts[-1]:  # which is kept with the block
+                    self.residence.keep(unit, self.losses.get(unit.name))
+            if chained and not (last and unit is parts[-1]):
+                flow.follow(unit, given, arguments)
+        if not chained and not last:
+            self._join(whole, after, arguments)
 
-    def _observe(
-        self, parts: Sequence[Unit], hidden: Sequence[Tensor], arguments: ArgumentsOf
-    ) -> tuple[dict[str, Statistics], dict[str, MutableSequence[Tensor]]]:
-        """From the dense block: its linears' statistics, and the targets of the units that read the block's input.
-
-        One pass gives both. The targets of parallel branches have to be taken before the first of them is fitted, since
-        a norm that they share is trained with it.
-        """
-        first = [unit for unit in parts if self.settings and not unit.follows]
-        if self.pruner.NEEDS is None:
-            return {}, {unit.name: self._states(outputs(unit, hidden, arguments)) for unit in first}
-        targets = {unit.name: self.residence.states() for unit in first}
-        with ExitStack() as taps:
-            for unit in first:
-                taps.enter_context(unit.tapped(partial(_keep, targets[unit.name]), hidden[0].shape))
-            linears = prunable(parts[0].block, parts[0].prefix)
-            return collect(parts[0].block, linears, hidden, arguments, self.pruner.NEEDS), targets
+    def _restore(self, unit: Unit) -> None:
+        if losses := self.residence.restore(unit):
+            self.losses[unit.name] = losses
 
     def _states(self, given: Iterable[Tensor]) -> MutableSequence[Tensor]:
         """These activations, put where activations are kept."""
         return fill(self.residence.states(), given)
 
+    def matrices(self, parts: Sequence[Matrix], arguments: ArgumentsOf, last: bool) -> None:
+        """Prune the linears of a block and fit each to its own output, in order."""
+        flow, block = self.flow, parts[0].block
+        statistics = self._statistics(parts, arguments)
+        dense = copy.deepcopy(block) if flow.keeps_targets else block
+        for unit in parts:
+            inputs = list(unit.reads(dense if flow.dense_inputs else block, flow.hidden, arguments))
+            taught = inputs if flow.dense is None else unit.reads(dense, flow.dense, arguments)
+            targets = list(outputs(unit, taught, arguments))
+            self.prune(unit, statistics)
+            if inputs:
+                self.fit(unit, inputs, targets, arguments)
+        if not last:
+            after = list(outputs(partial(run_block, dense), flow.taught, arguments)) if flow.keeps_targets else None
+            self._join(partial(run_block, block), after, arguments)
+
+    def span(self, span: Span, last: bool) -> None:
+        """Prune the blocks of a span one after the other and fit them together."""
+        flow, calls = self.flow, self.calls
+        assert calls is not None
+
+        def arguments(ids: Sequence[int]) -> list[Arguments]:
+            return [calls.arguments(index, ids) for index in span.indices]
+
+        targets = None if flow.dense_inputs else list(outputs(span, flow.taught, arguments))
+        path = list(flow.hidden)
+        for index, unit in zip(span.indices, span.parts, strict=True):
+            own = partial(calls.arguments, index)
+            statistics = self._statistics([unit], own, path)
+            if flow.dense_inputs:
+                run(unit, path, own)
+            self.prune(unit, statistics)
+            if self.pruner.NEEDS and not flow.dense_inputs:
+                run(unit, path, own)
+        if targets is None:
+            targets = path
+        del path
+        self.fit(span, flow.hidden, targets, arguments)
+        if not last:
+            flow.follow(span, targets, arguments)
+
+    def fit(
+        self,
+        unit: Unit,
+        inputs: Sequence[Tensor],
+        targets: MutableSequence[Tensor],
+        arguments: Callable[..., Any],
+    ) -> None:
+        """Fit a pruned unit, if it has anything pruned."""
+        if unit.linear_names and self.settings:
+            keep = self.flow.keeps_targets
+            self.losses[unit.name] = fit(unit, self.masks, inputs, targets, arguments, self.settings, keep)
+
+    def _join(
+        self, block: Callable[..., Tensor], after: MutableSequence[Tensor] | None, arguments: ArgumentsOf
+    ) -> None:
+        """Go on behind a block whose units do not follow each other; `after`: what it gave when it was dense."""
+        if self.flow.dense_inputs:
+            self.flow.hidden[:] = after or []
+            return
+        if self.flow.dense is not None:
+            self.flow.dense[:] = after or []
+        run(block, self.flow.hidden, arguments)
+
+    def _statistics(
+        self, parts: Sequence[Unit], arguments: ArgumentsOf, hidden: Sequence[Tensor] | None = None
+    ) -> dict[str, Statistics]:
+        """What the linears of a block read, from its dense weights on `hidden` (the flow's)."""
+        if self.pruner.NEEDS is None:
+            return {}
+        block = parts[0].block
+        hidden = self.flow.hidden if hidden is None else hidden
+        return collect(block, prunable(block, parts[0].prefix), hidden, arguments, self.pruner.NEEDS)
+
+    def _observe(
+        self, parts: Sequence[Unit], arguments: ArgumentsOf
+    ) -> tuple[dict[str, Statistics], dict[str, MutableSequence[Tensor]]]:
+        """From the dense block: its linears' statistics, and the targets of the units that read the block's input.
+
+        One pass gives both where both are of the same inputs. The targets of parallel branches have to be taken before
+        the first of them is fitted, since a norm that they share is trained with it.
+        """
+        first = [unit for unit in parts if not unit.follows]
+        if self.pruner.NEEDS is None or self.flow.dense is not None:
+            targets = {unit.name: self._states(outputs(unit, self.flow.taught, arguments)) for unit in first}
+            return self._statistics(parts, arguments), targets
+        targets = {unit.name: self.residence.states() for unit in first}
+        with ExitStack() as taps:
+            for unit in first:
+                taps.enter_context(unit.tapped(partial(_keep, targets[unit.name]), self.flow.hidden[0].shape))
+            return self._statistics(parts, arguments), targets
+
+    def prune_all(self, parts: Sequence[Unit], statistics: Mapping[str, Statistics]) -> None:
+        """Prune the linears of these units in place."""
+        for unit in parts:
+            self.prune(unit, statistics)
+
     def prune(self, unit: Unit, statistics: Mapping[str, Statistics]) -> None:
-        """Prune the unit's linears in place."""
+        """Prune the unit's linears in place; of the projection of several experts, each expert's matrix by itself."""
         for name, linear in unit.linears.items():
             read = statistics.get(name)
-            pruner: Pruner = self.pruner
-            if pruner.NEEDS and not (read and read.tokens):
-                self.unread.append(name)
-                pruner = magnitude
-            weight, mask = pruner.prune(linear.weight, read, self.pattern)
+            if linear.weight.ndim == 2:
+                self.masks[name] = self._prune(name, linear.weight, read)
+            else:
+                own = [self._prune(f"{name}[{e}]", w, read and read.of_expert(e)) for e, w in enumerate(linear.weight)]
+                self.masks[name] = torch.stack(own)
+
+    def _prune(self, name: str, weight: Tensor, read: Statistics | None) -> Tensor:
+        """Prune one matrix in place; its mask."""
+        pruner: Pruner = self.pruner
+        if pruner.NEEDS and not (read and read.tokens):
+            self.unread.append(name)
+            pruner = magnitude
+        new, mask = pruner.prune(weight, read, self.pattern)
+        if isinstance(weight, nn.Parameter):
             # Not copied into the old one, which may be mapped from a file and would stay in memory for the copy.
-            linear.weight.data = weight
-            self.masks[name] = mask.cpu()
+            weight.data = new
+        else:
+            weight.copy_(new)
+        return mask.cpu()
 
     def figures(self, parts: Sequence[Unit]) -> dict[str, float]:
         """The mean losses of the block's units, for the progress."""

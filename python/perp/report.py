@@ -21,6 +21,7 @@ from perp.progress import duration
 ROWS, PICTURE = "report.json", "report.png"
 DENSE, DENSE_RETRAINED = "dense", "dense retrained"
 PRUNED, RECONSTRUCTED, RETRAINED = "pruned", "reconstructed", "retrained"
+UNMERGED = "unmerged"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Row:
     """One state of the model and what it cost to get there from the state before.
 
     `perplexity` by the name of the text; `zeros` the share of exact zeros among the weights to prune; `trained` the
-    share of the model's parameters trained in this stage; `memory` the peak in GB, on the device that did the work.
+    share of the model's parameters trained in this stage and `parameters` their number; `memory` the peak in GB, on the
+    device that did the work.
     """
 
     stage: str
@@ -37,6 +39,7 @@ class Row:
     trained: float = 0.0
     seconds: float = 0.0
     memory: float = 0.0
+    parameters: int = 0
 
     @property
     def is_dense(self) -> bool:
@@ -82,12 +85,22 @@ def table(reports: Sequence[Report]) -> Table:
                 row.stage if row.is_dense else f"{report.title} {row.stage}",
                 *(number(row.perplexity[name]) for name in texts),
                 f"{row.zeros:.2%}",
-                f"{100 * row.trained:.2g}%" if row.trained else "",
+                _trained(row),
                 duration(row.seconds) if row.seconds else "",
                 f"{row.memory:.1f} GB" if row.memory else "",
             )
             shown.append(row)
     return told
+
+
+def _trained(row: Row) -> str:
+    """Such as "3.6% 4.9M"; the count only where it is known."""
+    if not row.trained:
+        return ""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1)):
+        if row.parameters >= size:
+            return f"{100 * row.trained:.2g}% {row.parameters / size:.3g}{unit}"
+    return f"{100 * row.trained:.2g}%"
 
 
 def _domains(texts: Sequence[str]) -> str:

@@ -7,27 +7,30 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perp.adapters import attach, select_trainable
+from perp import adapters, distil, head, parts, precision
+from perp.distil import Teacher
 from perp.errors import UserError
-from perp.linear import SparseLinear
 from perp.loss import WindowLoss
 from perp.optim import AdamW
 from perp.progress import Progress, Silent
+from perp.resume import Checkpoint
 
 
 @dataclass(frozen=True)
 class RetrainSettings:
     """What is trained and how long.
 
-    `parts`: see `perp.adapters.select_trainable`. `lr` None: the rate that suits the parts. A step takes `batch`
-    windows, computed `micro_batch` at a time, with the same gradient. `checkpointing` recomputes each block's
-    activations in the backward pass instead of keeping them, where the model offers it. `seed` draws the order of the
-    windows, the adapters' start and, where the model has it, dropout.
+    `parts`: see `perp.parts`. `lr` None: the rate that suits the parts. A step takes `batch` windows, computed
+    `micro_batch` at a time, with the same gradient. `checkpointing` recomputes each block's activations in the backward
+    pass instead of keeping them, where the model offers it. `seed` draws the order of the windows, the adapters' start
+    and, where the model has it, dropout. `distil` and `temperature`: the weight of the dense model's predictions in the
+    loss and the temperature of both (`perp.distil`). `precision`: "model" or "bf16" (`perp.precision`).
     """
 
     parts: Collection[str] = ("mask_lora", "norms")
@@ -40,45 +43,84 @@ class RetrainSettings:
     seed: int = 1
     checkpointing: bool = True
     micro_batch: int = 1
+    distil: float = 0.0
+    temperature: float = 1.0
+    precision: str = "model"
+
+    def __post_init__(self) -> None:
+        parts.check(self.parts)
+        distil.check(self.distil, self.temperature)
+        precision.get(self.precision)
 
     @property
     def rate(self) -> float:
         """`lr`, or the default for these parts."""
-        if self.lr is not None:
-            return self.lr
-        return 1e-4 if "kept" in self.parts else 2e-3
+        return parts.default_rate(parts.RETRAIN_RATES, self.parts) if self.lr is None else self.lr
 
 
 def retrain(
-    model: Any, windows: Tensor, settings: RetrainSettings | None = None, progress: Progress | None = None
+    model: Any,
+    windows: Tensor,
+    settings: RetrainSettings | None = None,
+    progress: Progress | None = None,
+    teacher: Teacher | None = None,
+    checkpoint: str | Path | None = None,
 ) -> list[float]:
     """Train `model` in place on `windows`, token ids int64 [n, T]; returns the loss of every step before its update.
 
-    The loss is the mean cross-entropy of a batch's T - 1 targets per window. Adapters are attached if "mask_lora" is
-    trained and none are there, and are left for `perp.adapters.merge`; what trained keeps requires_grad. The same
-    settings on the same machine's CPU repeat bitwise. UserError for windows that are no token ids of this model and,
-    with step and rate, for a loss that is not finite.
+    The loss is the mean cross-entropy of a batch's T - 1 targets per window, or what `settings.distil` makes of it with
+    the `teacher`, made of the dense model and the same windows (those that `drawn` gives will do). Adapters are
+    attached where the parts name a mode and none are there, and are left for `perp.adapters.merge`; what trained keeps
+    requires_grad. The same settings on the same machine's CPU repeat bitwise.
+
+    With `checkpoint`, a file, the training is written down every few minutes and goes on from there when it is called
+    again the same way, to the same bits; the file is gone at the end. UserError for windows that are no token ids of
+    this model, a checkpoint of another training and, with step and rate, for a loss that is not finite.
     """
     settings, progress = settings or RetrainSettings(), progress or Silent()
-    _check(model, windows, settings)
-    if "mask_lora" in settings.parts and not _has_adapters(model):
-        attach(model, "mask_lora", settings.r, settings.alpha, settings.seed)
-    parameters = select_trainable(model, settings.parts)
-    optimiser = AdamW(parameters, settings.rate, settings.steps, settings.warmup, dtype=model.dtype)
-    loss = WindowLoss(model)
+    _check(model, windows, settings, teacher)
+    mode = parts.adapter_mode(settings.parts)
+    if mode and not adapters.adapted(model):
+        adapters.attach(model, mode, settings.r, settings.alpha, settings.seed)
+    if "head" in settings.parts and not head.adapted(model):
+        head.attach(model, settings.r, settings.alpha, settings.seed)
+    parameters = parts.select_trainable(model, settings.parts)
     losses: list[float] = []
-    progress.stage("retrain", settings.steps)
-    started = time.monotonic()
-    with _training(model, settings.checkpointing, settings.seed):
-        for order in _draws(len(windows), settings):
-            batch = windows[order].to(model.device)
-            share = 1 / (len(batch) * (batch.shape[1] - 1))
-            micro = [partial(loss, part, share) for part in batch.split(settings.micro_batch)]
+    saved = Checkpoint(checkpoint, model, windows, settings) if checkpoint else None
+    with (
+        precision.narrowed(model, precision.get(settings.precision)) as masters,
+        _training(model, settings.checkpointing, settings.seed),
+    ):
+        optimiser = AdamW(parameters, settings.rate, settings.steps, settings.warmup, model.dtype, masters)
+        loss = WindowLoss(model, teacher if settings.distil else None)
+        if saved:
+            losses = saved.resume(optimiser)
+        progress.stage("retrain", settings.steps - len(losses))
+        started, tokens = time.monotonic(), 0
+        for order in drawn(len(windows), settings)[len(losses) :]:
+            share = 1 / (len(order) * (windows.shape[1] - 1))
+            micro = [
+                partial(loss, windows[part].to(model.device), share, part.tolist())
+                for part in order.split(settings.micro_batch)
+            ]
             losses.append(optimiser.step(micro))
-            speed = len(losses) * batch.numel() / (time.monotonic() - started)
+            tokens += len(order) * windows.shape[1]
+            speed = tokens / (time.monotonic() - started)
             progress.unit(f"step {len(losses)}", **{"loss": losses[-1], "tokens/s": speed})
+            if saved:
+                saved.write(optimiser, losses)
+    if saved:
+        saved.remove()
     progress.done()
     return losses
+
+
+def drawn(count: int, settings: RetrainSettings) -> list[Tensor]:
+    """The window numbers of each step: one seeded permutation after another, cut into batches."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    needed = settings.steps * settings.batch
+    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-needed // count))]
+    return list(torch.cat(rounds)[:needed].split(settings.batch)) if rounds else []
 
 
 @contextmanager
@@ -101,15 +143,7 @@ def _training(model: Any, checkpointing: bool, seed: int) -> Iterator[None]:
             model.train(was_training)
 
 
-def _draws(count: int, settings: RetrainSettings) -> Iterator[Tensor]:
-    """The window numbers of each step: one seeded permutation after another, cut into batches."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    needed = settings.steps * settings.batch
-    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-needed // count))]
-    yield from torch.cat(rounds)[:needed].split(settings.batch)
-
-
-def _check(model: Any, windows: Tensor, settings: RetrainSettings) -> None:
+def _check(model: Any, windows: Tensor, settings: RetrainSettings, teacher: Teacher | None) -> None:
     if windows.ndim != 2 or windows.dtype != torch.int64 or len(windows) == 0 or windows.shape[1] < 2:
         raise UserError(
             f"the training windows are {windows.dtype} {list(windows.shape)}; they must be int64 [n, T], "
@@ -123,7 +157,5 @@ def _check(model: Any, windows: Tensor, settings: RetrainSettings) -> None:
         )
     if settings.batch < 1 or settings.micro_batch < 1:
         raise UserError("the batch and the micro-batch must be at least one window.")
-
-
-def _has_adapters(model: Any) -> bool:
-    return any(isinstance(module, SparseLinear) and module.mode is not None for module in model.modules())
+    if settings.distil and teacher is None:
+        raise UserError("distillation needs a teacher: make a perp.Teacher of the dense model, or set distil to 0.")

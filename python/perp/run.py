@@ -15,23 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perp import checkpoints, data, machine, manifest, models, record, report, settings
-from perp.adapters import attach, count_trainable, merge, select_trainable
+from perp.adapters import Adapter, attach, detach, merge
 from perp.blocks import all_prunable, find_blocks
+from perp.distil import Teacher
 from perp.errors import UserError
 from perp.evaluate import perplexity, window_length
-from perp.linear import swap_linears, unswap
+from perp.iterate import divided, prune_retrain, schedule
+from perp.linear import SparseLinear, swap_linears, unswap
 from perp.lock import locked
+from perp.modes import MODES
+from perp.parts import adapter_mode, count_trainable, select_trainable
 from perp.plan import Plan
 from perp.planning import plan_job, told
 from perp.progress import Progress, Silent
 from perp.prune import Pruned, prune_model
 from perp.reconstruct import ReconstructSettings
 from perp.report import Report, Row
-from perp.retrain import retrain
+from perp.retrain import RetrainSettings, drawn, retrain
 from perp.settings import RunSettings
+from perp.stages import Stages
 from perp_kernels import Pattern
 
 logger = logging.getLogger("perp")
@@ -56,17 +61,15 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
     with locked(job.out):
         planned = plan_job(job)
         if job.stream is not False and not planned.fits:
-            raise UserError(
-                f"{job.model} does not fit on this machine in this way; {planned.advice}, or see perp plan."
-            )
-        texts = _read(job)
-        if planned.plan.stream:
+            raise UserError(f"{job.model} does not fit on this machine so; {planned.advice}, or see perp plan.")
+        texts, plan = _read(job), planned.plan
+        if plan.stream:
             machine.give_back_memory()
         before, started = machine.resident_parts()[0], time.monotonic()
         with machine.AnonymousPeak() as taken:
-            found = _kind(job, planned.plan)(job, pattern, texts, progress or Silent(), planned.plan).run(dense)
-        used = round(machine.peak(job.device or "cpu") * 1e9) if planned.plan.device else 0
-        logger.info(told(planned.plan, taken.most - before, used, time.monotonic() - started))
+            found = _kind(job, plan)(job, pattern, texts, progress or Silent(), plan).run(dense)
+        used = round(machine.peak(job.device or "cpu") * 1e9) if plan.device else 0
+        logger.info(told(plan, taken.most - before, used, time.monotonic() - started))
         return found
 
 
@@ -115,6 +118,7 @@ class Job:
         self.device = job.device or "cpu"
         self.model: Any
         self.tokenizer: Any
+        self.adapters: dict[str, Adapter] = {}
         self.load()
         self.check_output()
         for name, linear in all_prunable(self.model).items():
@@ -136,23 +140,23 @@ class Job:
         self.job = replace(job, windows=len(self.calibration), seqlen=seqlen)
 
     def run(self, dense: Sequence[Row]) -> Report:
-        job = self.job
-        rows = list(dense) or [self.row(report.DENSE)]
-        if "dense-retrained" in job.compare and job.retrain and not dense:
-            everything = {
-                name: torch.ones_like(linear.weight, dtype=torch.bool)
-                for name, linear in all_prunable(self.model).items()
-            }
-            rows.append(self.retrain(report.DENSE_RETRAINED, everything))
-            self.load()
-        if "pruned" in job.compare and job.reconstruct != "none":
-            rows.append(self.prune(None)[0])
-            self.load()
-        row, pruned = self.prune(job.for_reconstruct)
-        rows.append(row)
+        job, stages = self.job, Stages(self.job, self.identity)
+        begun = job.resume and stages.begun()
+        rows = [] if begun else self.comparison(dense)
+        teacher = self.teacher()
+        masks: Mapping[str, Tensor]
+        if begun:
+            rows, masks = stages.read(self.model)
+        else:
+            row, masks = self.prune_in_cycles(teacher)
+            rows.append(row)
+            if job.resume and job.retrain:
+                stages.write(self.model, rows, masks)
         if job.retrain:
-            rows.append(self.retrain(report.RETRAINED, pruned.masks))
-        return self.finish(rows, pruned.masks)
+            rows += self.retrain(report.RETRAINED, masks, teacher, stages.retraining if job.resume else None)
+        found = self.finish(rows, masks)
+        stages.remove()
+        return found
 
     def finish(self, rows: list[Row], masks: Mapping[str, Tensor]) -> Report:
         """Save the model and the report of these rows."""
@@ -160,6 +164,30 @@ class Job:
         self.save(self.manifest(rows, masks), masks)
         report.write([found], self.job.out / "perp")
         return found
+
+    def comparison(self, dense: Sequence[Row]) -> list[Row]:
+        """The rows of the dense model and of what it is compared with; the model is the dense one again at the end."""
+        job = self.job
+        rows = list(dense) or [self.row(report.DENSE)]
+        if "dense-retrained" in job.compare and job.retrain and not dense:
+            everything = {
+                name: torch.ones_like(linear.weight, dtype=torch.bool)
+                for name, linear in all_prunable(self.model).items()
+            }
+            rows += self.retrain(report.DENSE_RETRAINED, everything)
+            self.load()
+        if "pruned" in job.compare and job.reconstruct != "none":
+            rows.append(self.prune(None, self.pattern)[0])
+            self.load()
+        return rows
+
+    def prune_in_cycles(self, teacher: Teacher | None) -> tuple[Row, Mapping[str, Tensor]]:
+        """Prune to the pattern, after the earlier cycles of an iterative pruning; the row and the masks."""
+        *earlier, pattern = schedule(self.pattern, self.job.cycles, self.job.schedule)
+        with self.cost() as cost:
+            self.cycles(earlier, teacher)
+        row, pruned = self.prune(self.job.for_reconstruct, pattern)
+        return replace(row, seconds=cost.seconds + row.seconds, memory=max(cost.memory, row.memory)), pruned.masks
 
     def load(self) -> None:
         """The dense model, from its files again; the one before is released first."""
@@ -170,7 +198,7 @@ class Job:
 
     def check_output(self) -> None:
         job = self.job
-        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed))
+        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed, job.resume))
 
     def check_tokens(self) -> None:
         vocabulary = self.model.get_input_embeddings().num_embeddings
@@ -181,48 +209,106 @@ class Job:
                 "embeddings; put the model's own tokenizer beside it."
             )
 
-    def prune(self, reconstruct: ReconstructSettings | None) -> tuple[Row, Pruned]:
+    def cycles(self, patterns: list[Pattern], teacher: Teacher | None) -> None:
+        """All cycles of an iterative pruning but the last."""
+        job, trainings = self.job, self.trainings
+        if patterns:
+            prune_retrain(
+                self.model,
+                self.calibration,
+                self.training,
+                patterns,
+                trainings[:-1],
+                job.method,
+                job.for_reconstruct,
+                "block" if job.reconstruct == "none" else job.reconstruct,
+                self.progress,
+                teacher,
+            )
+
+    @property
+    def trainings(self) -> list[RetrainSettings]:
+        """The retraining of each cycle."""
+        settings = self.job.for_retrain
+        return divided(settings, self.job.cycles) if settings else []
+
+    def prune(self, reconstruct: ReconstructSettings | None, pattern: Pattern) -> tuple[Row, Pruned]:
         job = self.job
         with self.cost() as cost:
             pruned = prune_model(
                 self.model,
                 self.calibration,
                 job.method,
-                self.pattern,
+                pattern,
                 reconstruct=reconstruct,
-                granularity="block" if job.reconstruct == "block" else "half-block",
+                granularity="block" if job.reconstruct == "none" else job.reconstruct,
                 progress=self.progress,
             )
         if reconstruct is None:
             return self.row(report.PRUNED, cost), pruned
-        return self.row(report.RECONSTRUCTED, cost, self.reconstructed_share(pruned.masks)), pruned
+        return self.row(report.RECONSTRUCTED, cost, self.reconstructed_count(pruned.masks)), pruned
 
-    def reconstructed_share(self, masks: Mapping[str, Tensor]) -> float:
-        """The share of the model's parameters that reconstruction trains, a unit at a time."""
+    def reconstructed_count(self, masks: Mapping[str, Tensor]) -> tuple[int, int]:
+        """How many of the model's parameters reconstruction trains, a unit at a time, and how many there are."""
         _, blocks = find_blocks(self.model)
+        # A single matrix has no norms.
+        parts = set(self.job.reconstruct_parts) - ({"norms"} if self.job.reconstruct == "matrix" else set())
         swap_linears(self.model, masks)
-        if "mask_lora" in self.job.reconstruct_parts:
-            attach(self.model, r=self.job.rank)
-        select_trainable(blocks, self.job.reconstruct_parts)
-        share = count_trainable(blocks)[0] / count_trainable(self.model)[1]
-        merge(self.model)
+        if mode := adapter_mode(parts):
+            attach(self.model, mode, self.job.rank)
+        select_trainable(blocks, parts)
+        found = count_trainable(blocks)[0], count_trainable(self.model)[1]
+        detach(self.model)
         unswap(self.model)
-        return share
+        return found
 
-    def retrain(self, stage: str, masks: Mapping[str, Tensor]) -> Row:
-        """Train under these masks and merge; masks that keep everything train the dense model the same way."""
+    def teacher(self) -> Teacher | None:
+        """What the dense model, which is the one loaded, makes of the windows that retraining will draw."""
+        settings = self.job.for_retrain
+        if settings is None or not settings.distil:
+            return None
+        orders = [drawn(len(self.training), training) for training in self.trainings]
+        numbers = torch.cat([numbers for order in orders for numbers in order]).tolist()
+        return Teacher(self.model, self.training, numbers, settings.distil, settings.temperature, self.progress)
+
+    def retrain(
+        self, stage: str, masks: Mapping[str, Tensor], teacher: Teacher | None = None, checkpoint: Path | None = None
+    ) -> list[Row]:
+        """Train under these masks and merge; masks that keep everything train the dense model the same way.
+
+        One row; before it, where the merge loses something (lora_prune), one of the model as it was trained.
+        """
+        settings = self.job.for_retrain if stage == report.DENSE_RETRAINED else self.trainings[-1]
+        assert settings is not None
+        mode = MODES.get(adapter_mode(settings.parts) or "")
+        rows = []
         with self.cost() as cost:
             swap_linears(self.model, masks)
-            retrain(self.model, self.training, self.job.for_retrain, self.progress)
-            trained, total = count_trainable(self.model)
-            merge(self.model)
-            unswap(self.model)
-        return self.row(stage, cost, trained / total)
+            retrain(
+                self.model,
+                self.training,
+                settings if teacher else replace(settings, distil=0.0),
+                self.progress,
+                teacher,
+                checkpoint,
+            )
+            trained = count_trainable(self.model)
+        if mode and not mode.exact:
+            rows.append(self.row(report.UNMERGED if mode.merge_ else stage, cost, trained))
+        if mode and not mode.merge_:
+            self.adapters = detach(self.model)
+        merge(self.model)
+        unswap(self.model)
+        if not mode or mode.merge_:
+            rows.append(self.row(stage, cost, trained))
+        return rows
 
-    def row(self, stage: str, cost: Cost | None = None, trained: float = 0.0) -> Row:
+    def row(self, stage: str, cost: Cost | None = None, trained: tuple[int, int] = (0, 1)) -> Row:
+        """The model as it is now; `trained`: how many parameters were trained to get here, of how many."""
         found, zeros = self.judge()
         cost = cost or Cost()
-        return Row(stage, found, zeros, trained, cost.seconds, cost.memory)
+        count, total = trained
+        return Row(stage, found, zeros, count / total, cost.seconds, cost.memory, count)
 
     def judge(self) -> tuple[dict[str, float], float]:
         """The perplexity on each held-out text, and the share of zeros in the weights to prune."""
@@ -231,8 +317,7 @@ class Job:
             self.progress.stage(f"perplexity {name}", len(windows))
             found[name] = perplexity(self.model, windows, self.progress)
             self.progress.done()
-        kept, total = count_kept(all_prunable(self.model).values())
-        return found, 1 - kept / total
+        return found, _zeros(self.model)
 
     @contextmanager
     def cost(self) -> Iterator[Cost]:
@@ -244,7 +329,7 @@ class Job:
 
     def save(self, content: dict[str, Any], masks: Mapping[str, Tensor]) -> None:
         job = self.job
-        checkpoints.save(self.model, self.tokenizer, job.out, masks, content, job.overwrite, job.packed)
+        checkpoints.save(self.model, self.tokenizer, job.out, masks, content, job.overwrite, job.packed, self.adapters)
 
     def manifest(self, rows: list[Row], masks: Mapping[str, Tensor]) -> dict[str, Any]:
         job = self.job
@@ -261,9 +346,17 @@ class Job:
         )
 
 
-def count_kept(linears: Iterable[nn.Linear]) -> tuple[int, int]:
+def _zeros(model: Any) -> float:
+    """The share of exact zeros among the weights to prune, which may be swapped: adapters beside them do not count."""
+    swapped = [m.sparse_weight.unpack() for m in model.modules() if isinstance(m, SparseLinear)]
+    weights = swapped or [linear.weight for linear in all_prunable(model).values()]
+    kept, total = count_kept(weights)
+    return 1 - kept / total
+
+
+def count_kept(weights: Iterable[Tensor]) -> tuple[int, int]:
     """How many of these weights are not zero, and how many they are."""
-    counts = [(int(linear.weight.count_nonzero()), linear.weight.numel()) for linear in linears]
+    counts = [(int(weight.count_nonzero()), weight.numel()) for weight in weights]
     return sum(kept for kept, _ in counts), sum(total for _, total in counts)
 
 

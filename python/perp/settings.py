@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from perp import checkpoints, machine, manifest, models, pruners, record
-from perp.adapters import PARTS
 from perp.errors import UserError
+from perp.granularity import Granularity
+from perp.iterate import divided, schedule
+from perp.parts import PARTS, UNIT_PARTS
 from perp.reconstruct import ReconstructSettings
 from perp.retrain import RetrainSettings
 from perp_kernels import Pattern
 
-RECONSTRUCT = ("none", "half-block", "block")
 COMPARE = ("pruned", "dense-retrained")
 
 
@@ -21,10 +22,15 @@ COMPARE = ("pruned", "dense-retrained")
 class RunSettings:
     """One job. `windows` and `seqlen` left at None become 128 x 2048 on a GPU and 32 x 512 on a CPU.
 
-    `retrain` names the parts trained on the language-model loss (empty: none); `compare` the further lines measured:
-    "pruned" (no recovery) and "dense-retrained" (the dense model trained on the same text). Learning rates left at None
-    are those that suit the parts. `data` is judged on its test part, `eval_data` whole. `packed` writes the packed
-    file beside the plain model. `stream` keeps one block at a time in memory and goes on with an unfinished run; None
+    `cycles` and `schedule` are those of `perp.iterate`, which divide the steps of retraining. `reconstruct` is the unit
+    of reconstruction (`perp.granularity`) or "none"; `inputs`, `targets`, `loss` are those of `ReconstructSettings`.
+    `retrain` names the parts trained on the language-model loss (empty: none); `compare` the
+    further lines measured: "pruned" (no recovery) and "dense-retrained" (the dense model trained on the same text).
+    Learning rates left at None are those that suit the parts. `distil`, `temperature` and `precision` are those of
+    `RetrainSettings`; `keep_adapters` saves adapters that do not merge (lora) beside the pruned model. `data` is judged
+    on its test part, `eval_data` whole. `packed` writes the packed file beside the plain model.
+    `resume` writes down what is done, and goes on from what an interrupted job left (`perp.stages`).
+    `stream` keeps one block at a time in memory, and always goes on with an unfinished run (`perp.streamed_run`); None
     leaves it to the plan, by the memory that may be used: `gpu_memory`, `cpu_memory` such as "20GB" (None: what is
     free).
     """
@@ -33,8 +39,13 @@ class RunSettings:
     out: Path
     pattern: str = "0.5"
     method: str = "wanda"
+    cycles: int = 1
+    schedule: str = "geometric"
     reconstruct: str = "half-block"
     reconstruct_parts: tuple[str, ...] = ("kept", "norms")
+    inputs: str = "sparse"
+    targets: str = "dense-weights"
+    loss: str = "mse"
     reconstruct_lr: float | None = None
     reconstruct_batch: int = 2
     epochs: int = 3
@@ -43,6 +54,10 @@ class RunSettings:
     steps: int = 64
     batch: int = 4
     checkpointing: bool = True
+    distil: float = 0.0
+    temperature: float = 1.0
+    precision: str = "model"
+    keep_adapters: bool = False
     rank: int = 16
     alpha: float = 32.0
     data: str = "demo"
@@ -57,6 +72,7 @@ class RunSettings:
     trust_remote_code: bool = False
     overwrite: bool = False
     packed: bool = False
+    resume: bool = False
     stream: bool | None = None
     gpu_memory: str | None = None
     cpu_memory: str | None = None
@@ -71,6 +87,9 @@ class RunSettings:
             return None
         return ReconstructSettings(
             parts=self.reconstruct_parts,
+            inputs=self.inputs,
+            targets=self.targets,
+            loss=self.loss,
             lr=self.reconstruct_lr,
             epochs=self.epochs,
             batch=self.reconstruct_batch,
@@ -89,6 +108,9 @@ class RunSettings:
             steps=self.steps,
             batch=self.batch,
             checkpointing=self.checkpointing,
+            distil=self.distil,
+            temperature=self.temperature,
+            precision=self.precision,
             r=self.rank,
             alpha=self.alpha,
             # Not the seed that drew the calibration windows, so that training does not begin with the very same.
@@ -104,8 +126,7 @@ def check(settings: RunSettings, weights: bool = True) -> Pattern:
     pattern = Pattern.parse(settings.pattern)
     pruners.get(settings.method)
     for name, given, known in (
-        ("reconstruct", [settings.reconstruct], RECONSTRUCT),
-        ("reconstruct parts", settings.reconstruct_parts, PARTS),
+        ("reconstruct parts", settings.reconstruct_parts, UNIT_PARTS),
         ("retrain", settings.retrain, PARTS),
         ("compare", settings.compare, COMPARE),
     ):
@@ -122,14 +143,47 @@ def check(settings: RunSettings, weights: bool = True) -> Pattern:
             raise UserError(f"{name.replace('_lr', ' learning rate')} is {value}; it must be a positive number.")
     machine.find_device(settings.device)
     machine.check_dtype(settings.dtype)
+    _check_reconstruction(settings)
+    _check_cycles(settings)
     # Parts that exclude each other are refused by the settings they go to.
     _ = settings.for_reconstruct, settings.for_retrain
+    if ("lora" in settings.retrain) != settings.keep_adapters:
+        raise UserError(
+            "lora adapters cannot be merged without filling the zeros; add --keep-adapters to save them beside the "
+            "pruned model, or retrain mask_lora, which merges."
+            if "lora" in settings.retrain
+            else "--keep-adapters keeps what lora trains, and lora is not retrained; leave it out, all else merges."
+        )
     for size in (settings.gpu_memory, settings.cpu_memory):
         machine.parse_size(size)
     # Where a run is unfinished, what is there is its own: whether this one may go on with it is decided later.
     checkpoints.check_output(settings.out, settings.overwrite or record.unfinished(settings.out))
     models.check_model(settings.model, settings.trust_remote_code, weights)
     return pattern
+
+
+def _check_cycles(settings: RunSettings) -> None:
+    """Refuse cycles that the pattern or the retraining cannot be divided into."""
+    schedule(settings.pattern, settings.cycles, settings.schedule)
+    if settings.for_retrain is not None:
+        divided(settings.for_retrain, settings.cycles)
+    elif settings.cycles > 1:
+        raise UserError(
+            f"{settings.cycles} cycles retrain after each, and nothing is retrained; choose parts to retrain."
+        )
+
+
+def _check_reconstruction(settings: RunSettings) -> None:
+    """Refuse a unit of reconstruction that does not exist, and choices that it leaves without meaning."""
+    if settings.reconstruct == "none":
+        default = {field.name: field.default for field in fields(settings)}
+        for name in ("inputs", "targets", "loss"):
+            if getattr(settings, name) != default[name]:
+                raise UserError(f"--{name} is of reconstruction, and --granularity is none; choose a granularity too.")
+        return
+    granularity = Granularity.parse(settings.reconstruct)
+    if granularity.name == "matrix" and set(settings.reconstruct_parts) == {"norms"}:
+        raise UserError("single matrices have no norms to reconstruct with; add kept, or choose half-block.")
 
 
 def demo(out: Path) -> list[RunSettings]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -18,30 +19,45 @@ Kind = Literal["norms", "gram"]
 
 @dataclass
 class Statistics:
-    """fp32 sums over the tokens a linear was fed: x² per input ("norms", [K]) or the Gram XᵀX ("gram", [K, K])."""
+    """fp32 sums over the tokens a linear was fed: x² per input ("norms", [K]) or the Gram XᵀX ("gram", [K, K]).
+
+    For the projection of several experts each has its own, from the tokens routed to it: [E, K] or [E, K, K], and
+    `routed` counts them, int64 [E].
+    """
 
     sums: Tensor
     tokens: int = 0
+    routed: Tensor | None = None
 
     @property
     def square_sums(self) -> Tensor:
         """The sums of squares per input, [K], of either kind."""
         return self.sums if self.sums.ndim == 1 else self.sums.diagonal()
 
-    def add(self, x: Tensor) -> None:
-        """Take in the tokens `x` [..., K]."""
+    def of_expert(self, number: int) -> Statistics:
+        """Those of one expert alone."""
+        return Statistics(self.sums[number], 0 if self.routed is None else int(self.routed[number]))
+
+    def add(self, x: Tensor, offsets: Tensor | None = None) -> None:
+        """Take in the tokens `x` [..., K]; with experts sorted by expert, whose tokens end at `offsets`, int64 [E]."""
         x = x.reshape(-1, x.shape[-1])
-        if self.sums.ndim == 2:
-            pk.gram_(self.sums, x)
-        else:
-            self.sums += x.float().square().sum(0)
         self.tokens += len(x)
+        if offsets is not None:
+            assert self.routed is not None
+            self.routed += offsets.diff(prepend=offsets.new_zeros(1)).to(self.routed.device)
+        if self.sums.ndim == (2 if self.routed is None else 3):
+            pk.gram_(self.sums, x, offsets)
+        elif offsets is None:
+            self.sums += x.float().square().sum(0)
+        else:
+            for own, (start, stop) in zip(self.sums, pairwise([0, *offsets.tolist()]), strict=True):
+                own += x[start:stop].float().square().sum(0)
 
 
 @torch.no_grad()
 def collect(
     block: nn.Module,
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, Any],
     inputs: Sequence[Tensor],
     arguments: ArgumentsOf,
     kind: Kind,
@@ -58,7 +74,7 @@ def collect(
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            found[name].add(x)
+            found[name].add(x, *args[1:])
             if name in read:
                 read[name].append(x)
 
@@ -82,9 +98,11 @@ def collect(
     return found
 
 
-def _empty(linear: nn.Linear, kind: Kind) -> Statistics:
-    K = linear.in_features
-    return Statistics(torch.zeros((K,) if kind == "norms" else (K, K), device=linear.weight.device))
+def _empty(linear: Any, kind: Kind) -> Statistics:
+    K, experts = linear.in_features, linear.weight.shape[:-2]
+    routed = torch.zeros(experts, dtype=torch.int64) if experts else None
+    sums = torch.zeros((*experts, K) if kind == "norms" else (*experts, K, K), device=linear.weight.device)
+    return Statistics(sums, routed=routed)
 
 
 def _alike(read: Mapping[str, list[Tensor]]) -> dict[str, str]:

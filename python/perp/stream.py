@@ -23,6 +23,7 @@ from perp import models, shards
 from perp.activations import InMemory
 from perp.blocks import Calls, find_blocks
 from perp.errors import UserError
+from perp.experts import is_fused
 from perp.files import commit
 from perp.models import WEIGHTS, check_finite, quiet, save_weights
 from perp.shards import Shards
@@ -53,6 +54,8 @@ class Stream:
         self.model.__class__ = self._kind
         self.prefix, self.blocks = without.prefix, without.blocks
         self._put(self.blocks.eval())
+        if any(is_fused(module) for module in self.blocks.modules()):
+            raise UserError(f"{name} has fused experts, which cannot be streamed yet; pass --no-stream.")
         check_finite(self.model, name)
         self.directory = Path(cached_file(source, "config.json")).parent
         self.shards = Shards(self.directory)

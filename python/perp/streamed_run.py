@@ -14,11 +14,12 @@ from torch import Tensor
 import perp
 from perp import checkpoints, models, packed_retrain, record, report, shards
 from perp.activations import Place
-from perp.adapters import trainable
 from perp.blocks import Calls, prunable
 from perp.errors import UserError
 from perp.evaluate import perplexity
 from perp.finished import Finished, Masks
+from perp.modes import MODES
+from perp.parts import adapter_mode, trainable
 from perp.prune import prune_model
 from perp.reconstruct import ReconstructSettings
 from perp.report import Report, Row
@@ -32,11 +33,7 @@ class StreamedJob(Job):
     """`made`: the blocks and units that this process has finished."""
 
     def __init__(self, job: RunSettings, *others: Any) -> None:
-        if job.retrain and "dense-retrained" in job.compare:
-            raise UserError(
-                "a streamed run cannot retrain the dense model; leave dense-retrained out of --compare, "
-                "or pass --no-stream where the model fits in memory."
-            )
+        _check(job)
         self.made = 0
         super().__init__(job, *others)
         self.record = self._record()
@@ -93,7 +90,7 @@ class StreamedJob(Job):
                 job.method,
                 self.pattern,
                 reconstruct=reconstruct,
-                granularity="block" if job.reconstruct == "block" else "half-block",
+                granularity="block" if job.reconstruct == "none" else job.reconstruct,
                 progress=self.progress,
                 residence=Streamed(self.stream, stage, self.place(len(self.calibration))),
             )
@@ -101,7 +98,7 @@ class StreamedJob(Job):
         with self.stream.reading(stage.tensors):
             if reconstruct is None:
                 return self.row(report.PRUNED, cost)
-            trained = trained_share(self.stream, self.masks(stage), reconstruct.parts, job.rank)
+            trained = trained_count(self.stream, self.masks(stage), reconstruct.parts, job.rank)
             return self.row(report.RECONSTRUCTED, cost, trained)
 
     def retrained(self, before: Finished, stage: Finished) -> Row:
@@ -155,7 +152,7 @@ def judge(
         with stream.enter(index):
             for one in (*calls.values(), ends):
                 one.advance(index)
-            counted = count_kept(prunable(block, "").values())
+            counted = count_kept(linear.weight for linear in prunable(block, "").values())
             kept, total = kept + counted[0], total + counted[1]
         progress.unit(f"{stream.prefix}.{index}")
     progress.done()
@@ -170,12 +167,26 @@ def judge(
     return found, 1 - kept / total
 
 
-def trained_share(stream: Stream, masks: Mapping[str, Tensor], parts: Collection[str], rank: int) -> float:
-    """The share of the model's parameters that reconstruction trains, a unit at a time."""
+def trained_count(stream: Stream, masks: Mapping[str, Tensor], parts: Collection[str], rank: int) -> tuple[int, int]:
+    """How many of the model's parameters reconstruction trains, a unit at a time, and how many there are."""
     trained = sum(weight.numel() for weight in trainable(stream.blocks.modules(), set(parts) & {"norms", "biases"}))
     for mask in masks.values():
         if "kept" in parts:
             trained += int(mask.sum())
-        if "mask_lora" in parts:
+        if adapter_mode(parts):
             trained += rank * sum(mask.shape)
-    return trained / sum(weight.numel() for weight in stream.model.parameters())
+    return trained, sum(weight.numel() for weight in stream.model.parameters())
+
+
+def _check(job: RunSettings) -> None:
+    """Refuse what only a model in memory can do."""
+    inexact = {name for name, mode in MODES.items() if not mode.exact}
+    for refused, what in (
+        (job.retrain and "dense-retrained" in job.compare, "retrain the dense model; leave dense-retrained out"),
+        (job.cycles > 1, "prune in cycles; pass --cycles 1"),
+        (bool(job.retrain) and job.distil > 0, "distil, which needs the dense model beside it; pass --distil 0"),
+        (bool(inexact & set(job.retrain)), "retrain adapters that lose something when merged; retrain mask_lora"),
+        (bool({"kept", "full", "head"} & set(job.retrain)), "retrain all weights; retrain mask_lora, norms or biases"),
+    ):
+        if refused:
+            raise UserError(f"a streamed run cannot {what}, or pass --no-stream where the model fits in memory.")

@@ -31,10 +31,9 @@ from perp.blocks import (
     to_block,
 )
 from perp.errors import UserError
+from perp.experts import linears
 from perp.models import load
 from perp.tracing import ChildCall, trace
-
-GRANULARITIES = ("block", "half-block")
 
 # A prime number of probe tokens, so that no head count or width of a model is mistaken for it.
 PROBE = 13
@@ -44,9 +43,10 @@ PROBE = 13
 class Unit:
     """A part of a block with an input and an output of its own, both hidden states [b, T, H].
 
-    It is the block, run with each child in `stubs` returning zeros instead of its result, up to its `end`: the end of
-    the block (None), or the input or the output of one child. `follows`: its input is the output of the unit before it,
-    otherwise the block's. Modules are held by name, so that a unit stays valid when its linears are swapped.
+    It is the block, run with each child in `stubs` returning zeros (or its input) instead of its result, up to its
+    `end`: the end of the block (None), or the input or the output of one child. `follows`: its input is the output of
+    the unit before it, otherwise the block's. Modules are held by name, so that a unit stays valid when its linears are
+    swapped.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Unit:
 
     @property
     def linears(self) -> dict[str, Any]:
-        """The unit's linears by qualified name: nn.Linear, or what they have been swapped for."""
+        """The unit's linears by qualified name: nn.Linear, those of open experts, or what they were swapped for."""
         return {f"{self.prefix}.{name}": self.block.get_submodule(name) for name in self.linear_names}
 
     @property
@@ -112,13 +112,15 @@ def units(
 ) -> Iterator[tuple[int, list[Unit]]]:
     """Walk a model, in memory or in a directory (which is loaded): yields each block's index and its units.
 
+    `granularity`: "half-block" or "block"; `perp.spans` has single matrices and several blocks.
+
     `windows` (int64 [n, T]) lends the tokens of the probe; without it they are the first of the vocabulary. The probe
     advances when the caller is done with a block, so a caller may change blocks as it goes. The first block that cannot
     be cut gives the only warning. `calls`: those of the model with other windows. `enter` brings a block's weights
     until the caller is done with the block.
     """
-    if granularity not in GRANULARITIES:
-        raise UserError(f"{granularity!r} is no granularity; choose {' or '.join(GRANULARITIES)}.")
+    if granularity not in ("block", "half-block"):
+        raise UserError(f"{granularity!r} is no granularity of a single block; choose block or half-block.")
     if not isinstance(source, PreTrainedModel):
         source, _ = load(str(source))
     prefix, blocks = find_blocks(source)
@@ -126,7 +128,7 @@ def units(
     if granularity == "block":
         for index, block in enumerate(blocks):
             with enter(index):
-                yield index, [_whole(block, f"{prefix}.{index}")]
+                yield index, [whole(block, f"{prefix}.{index}")]
         return
     probe = torch.arange(PROBE)[None] if windows is None else windows[:1, :PROBE]
     calls = Calls(source, probe, enter, known=calls)
@@ -156,14 +158,17 @@ def split(block: nn.Module, prefix: str, probe: Tensor, arguments: Arguments) ->
     calls, output = trace(block, probe, arguments)
     tokens = probe.shape[1]
     for boundary in range(len(calls)):
-        if _begins_second_half(calls, boundary):
-            first, second = _halves(block, prefix, calls, boundary, tokens)
+        if not _begins_second_half(calls, boundary):
+            continue
+        # Most blocks add the stream to what attention gives; some hand the stream to attention, which adds it.
+        for stream in (None, probe.shape):
+            first, second = _halves(block, prefix, calls, boundary, tokens, stream)
             if close(second(first(probe, arguments), arguments), output):
                 return [first, second]
     branches = _branches(block, prefix, calls, tokens)
     if branches and all(close(unit(probe, arguments), hidden_of(result, probe.shape)) for unit, result in branches):
         return [unit for unit, _ in branches]
-    return [_whole(block, prefix)]
+    return [whole(block, prefix)]
 
 
 def _begins_second_half(calls: list[ChildCall], at: int) -> bool:
@@ -177,11 +182,19 @@ def _begins_second_half(calls: list[ChildCall], at: int) -> bool:
     )
 
 
-def _halves(block: nn.Module, prefix: str, calls: list[ChildCall], at: int, tokens: int) -> tuple[Unit, Unit]:
-    """The block up to the input of the norm at `at`, and the rest, in which all that ran before that adds nothing."""
+def _halves(
+    block: nn.Module, prefix: str, calls: list[ChildCall], at: int, tokens: int, stream: torch.Size | None
+) -> tuple[Unit, Unit]:
+    """The block up to the input of the norm at `at`, and the rest, in which all that ran before that adds nothing.
+
+    With `stream`, the shape of a hidden state, the last child with weights before the norm lets the stream through.
+    """
     earlier = {call.child: call.output for call in calls[:at]}
     later = {call.child for call in calls[at:]}
     stubs = {child: _zeros(output, tokens) for child, output in earlier.items() if child not in later}
+    last = next((call for call in reversed(calls[:at]) if call.holds_weights and call.child in stubs), None)
+    if last and stream:
+        stubs[last.child] = _zeros(last.output, tokens, stream)
     first, second = _share_out(block, dict.fromkeys(earlier, 0), default=1, count=2)
     return (
         Unit(f"{prefix} (first half)", block, prefix, *first, end=("input", calls[at].child)),
@@ -221,7 +234,8 @@ def _branches(block: nn.Module, prefix: str, calls: list[ChildCall], tokens: int
     ]
 
 
-def _whole(block: nn.Module, prefix: str) -> Unit:
+def whole(block: nn.Module, prefix: str) -> Unit:
+    """The whole of `block` as one unit."""
     return Unit(prefix, block, prefix, *_share_out(block, {}, default=0, count=1)[0])
 
 
@@ -237,22 +251,25 @@ def _share_out(block: nn.Module, owner: dict[str, int], default: int, count: int
     def of(name: str) -> int:
         return next((i for child, i in owner.items() if f"{name}.".startswith(f"{child}.")), default)
 
-    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    own = linears(block)
     norms = [name for name, module in block.named_modules() if is_norm(module)]
     return [
-        (tuple(name for name in linears if of(name) == i), tuple(name for name in norms if of(name) == i))
+        (tuple(name for name in own if of(name) == i), tuple(name for name in norms if of(name) == i))
         for i in range(count)
     ]
 
 
-def _zeros(output: Any, tokens: int) -> Callable[[Tensor], Any]:
+def _zeros(output: Any, tokens: int, stream: torch.Size | None = None) -> Callable[[Tensor], Any]:
     """For a hidden state [b, T, H]: zeros in the structure of `output`, which a child returned for [1, tokens, H].
 
-    Only tensors of one row per token are made; others (attention weights, say) become None.
+    Only tensors of one row per token are made; others (attention weights, say) become None. A tensor of the shape
+    `stream` is the hidden state itself in place of zeros.
     """
     if isinstance(output, (tuple, list)):
-        items = [_zeros(item, tokens) for item in output]
+        items = [_zeros(item, tokens, stream) for item in output]
         return lambda hidden: type(output)(make(hidden) for make in items)
+    if isinstance(output, Tensor) and output.shape == stream:
+        return lambda hidden: hidden
     if isinstance(output, Tensor) and output.shape[:2] == (1, tokens):
         return lambda hidden: hidden.new_zeros(*hidden.shape[:2], *output.shape[2:])
     if isinstance(output, Tensor) and output.shape[:1] == (tokens,):

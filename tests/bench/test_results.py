@@ -98,7 +98,7 @@ def test_table(row: Row, shown: list[str], hidden: list[str]) -> None:
 
 
 def test_limit_is_the_slower_of_moving_and_computing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "read_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(limits, "bandwidth", lambda: 1e9)
     monkeypatch.setattr(limits, "matrix_rate", lambda dtype: 1e12)
     assert limits.milliseconds(Work(bytes=10**6), ROW.dtype) == pytest.approx(1.0)
     assert limits.milliseconds(Work(bytes=10**6, flops=10**10), ROW.dtype) == pytest.approx(10.0)

@@ -62,13 +62,61 @@ FAMILIES: dict[str, Callable[[], tuple[type, t.PretrainedConfig]]] = {
         t.Gemma3TextConfig(**{**_COMMON, **_SLIDING}, layer_types=_LAYER_TYPES),
     ),
     "phi": lambda: (t.PhiForCausalLM, t.PhiConfig(**_COMMON)),
+    "bloom": lambda: (
+        t.BloomForCausalLM,
+        t.BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=2, n_head=4, initializer_range=0.15),
+    ),
     "mistral": lambda: (t.MistralForCausalLM, t.MistralConfig(**_COMMON, sliding_window=4)),
+}
+
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Mixtures of experts, fused as the library fuses them: plain; with a shared expert and its gate; behind a dense block
+# with compressed attention; with a router that is an nn.Linear; transposed with biases.
+MIXTURES: dict[str, Callable[[], tuple[type, t.PretrainedConfig]]] = {
+    "mixtral": lambda: (
+        t.MixtralForCausalLM,
+        t.MixtralConfig(**{**_COMMON, "intermediate_size": 24}, num_local_experts=3, sliding_window=None),
+    ),
+    "qwen2-moe": lambda: (
+        t.Qwen2MoeForCausalLM,
+        t.Qwen2MoeConfig(**_COMMON, **_EXPERTS, num_experts=4, shared_expert_intermediate_size=24),
+    ),
+    "deepseek": lambda: (
+        t.DeepseekV3ForCausalLM,
+        t.DeepseekV3Config(
+            **{**_COMMON, **_EXPERTS, "num_key_value_heads": 4},
+            n_routed_experts=4,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            n_group=2,
+            topk_group=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        ),
+    ),
+    "phimoe": lambda: (
+        t.PhimoeForCausalLM,
+        t.PhimoeConfig(**{**_COMMON, "intermediate_size": 24}, num_local_experts=4, sliding_window=None),
+    ),
+    "gpt-oss": lambda: (
+        t.GptOssForCausalLM,
+        t.GptOssConfig(
+            **{**_COMMON, "intermediate_size": 24},
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            head_dim=8,
+            sliding_window=8,
+        ),
+    ),
 }
 
 
 def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """A model of the family with random weights, norms and biases moved off their neutral values; in eval mode."""
-    kind, config = FAMILIES[family]()
+    kind, config = {**FAMILIES, **MIXTURES}[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from perp import adapters
+from perp import adapters, parts
 from perp.errors import UserError
 from perp.linear import SparseLinear, swap_linears, unswap
 
@@ -151,7 +151,7 @@ def test_all_true_masks_are_plain_lora() -> None:
     sparse = SparseLinear.from_linear(linear, torch.ones(6, 12, dtype=torch.bool))
     adapters.attach(sparse, r=3, alpha=6)
     nn.init.normal_(sparse.lora_B)
-    adapters.select_trainable(sparse, {"mask_lora"})
+    parts.select_trainable(sparse, {"mask_lora"})
     x = torch.randn(5, 12, dtype=torch.float64)
     sparse(x).square().sum().backward()
     a, b = (p.detach().clone().requires_grad_(True) for p in (sparse.lora_A, sparse.lora_B))
@@ -163,7 +163,7 @@ def test_all_true_masks_are_plain_lora() -> None:
 
 
 @pytest.mark.parametrize(
-    "parts,expected",
+    "chosen,expected",
     [
         ({"mask_lora"}, {f"{n}.lora_{k}" for n in NAMES for k in "AB"}),
         ({"kept"}, {f"{n}.values" for n in NAMES}),
@@ -185,15 +185,15 @@ def test_all_true_masks_are_plain_lora() -> None:
     ],
     ids=lambda value: "+".join(sorted(value)) if len(value) < 3 else "",
 )
-def test_select_trainable(parts: set[str], expected: set[str]) -> None:
+def test_select_trainable(chosen: set[str], expected: set[str]) -> None:
     net, _ = pruned()
     adapters.attach(net, r=2)
-    selected = adapters.select_trainable(net, parts)
+    selected = parts.select_trainable(net, chosen)
     names = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
     assert names == expected
     assert len(selected) == len(expected)
     assert {id(p) for p in selected} == {id(p) for p in net.parameters() if p.requires_grad}
-    adapters.select_trainable(net, {"norms"})
+    parts.select_trainable(net, {"norms"})
     assert not net.blocks[0].up.lora_A.requires_grad
 
 
@@ -201,7 +201,7 @@ def test_adapters_are_fp32_again_after_a_cast() -> None:
     net, _ = pruned()
     adapters.attach(net, r=2)
     net.to(torch.bfloat16)
-    adapters.select_trainable(net, {"mask_lora"})
+    parts.select_trainable(net, {"mask_lora"})
     assert {p.dtype for p in net.parameters() if p.requires_grad} == {torch.float32}
     assert net.blocks[0].up.values.dtype == torch.bfloat16
 
@@ -211,12 +211,12 @@ def test_count_trainable(layout: str) -> None:
     dense_total = sum(p.numel() for p in Net().parameters())
     net, masks = pruned(layout)
     adapters.attach(net, r=2)
-    adapters.select_trainable(net, {"mask_lora"})
-    assert adapters.count_trainable(net) == (4 * 2 * (16 + 32), dense_total)
-    adapters.select_trainable(net, {"norms"})
-    assert adapters.count_trainable(net) == (2 * 32 + 16, dense_total)
-    adapters.select_trainable(net, {"kept"})
-    assert adapters.count_trainable(net) == (sum(int(mask.sum()) for mask in masks.values()), dense_total)
+    parts.select_trainable(net, {"mask_lora"})
+    assert parts.count_trainable(net) == (4 * 2 * (16 + 32), dense_total)
+    parts.select_trainable(net, {"norms"})
+    assert parts.count_trainable(net) == (2 * 32 + 16, dense_total)
+    parts.select_trainable(net, {"kept"})
+    assert parts.count_trainable(net) == (sum(int(mask.sum()) for mask in masks.values()), dense_total)
 
 
 def test_refusals() -> None:
@@ -228,15 +228,15 @@ def test_refusals() -> None:
     with pytest.raises(UserError, match="rank is 0"):
         adapters.attach(net, r=0)
     with pytest.raises(UserError, match="attach adapters first"):
-        adapters.select_trainable(net, {"mask_lora", "norms"})
+        parts.select_trainable(net, {"mask_lora", "norms"})
     with pytest.raises(UserError, match="'bias' is not a part"):
-        adapters.select_trainable(net, {"bias"})
+        parts.select_trainable(net, {"bias"})
     with pytest.raises(UserError, match="swap its pruned layers first"):
-        adapters.select_trainable(Net(), {"kept"})
+        parts.select_trainable(Net(), {"kept"})
     with pytest.raises(UserError, match="nothing to train under biases"):
-        adapters.select_trainable(nn.Sequential(nn.Linear(2, 2, bias=False)), {"biases"})
-    with pytest.raises(UserError, match="nothing to train"):
-        adapters.select_trainable(net, set())
+        parts.select_trainable(nn.Sequential(nn.Linear(2, 2, bias=False)), {"biases"})
+    with pytest.raises(UserError, match="nothing is chosen to train"):
+        parts.select_trainable(net, set())
     adapters.attach(net)
     with pytest.raises(UserError, match="already carries adapters"):
         adapters.attach(net)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perp import adapters, loss
+from perp import adapters, loss, parts
 from perp.linear import SparseLinear
 from perp.loss import WindowLoss
 
@@ -27,7 +27,7 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(family: str, monkeypat
     for module in model.modules():
         if isinstance(module, SparseLinear):
             nn.init.normal_(module.lora_B, std=0.1)
-    adapters.select_trainable(model, {"mask_lora", "norms", "biases"})
+    parts.select_trainable(model, {"mask_lora", "norms", "biases"})
     ids = families.windows(3, 9)
     window_loss = WindowLoss(model)
     assert window_loss.head.apart
@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(family: str, monkeypat
 def test_the_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "LOGITS", 4 * families.VOCABULARY)
     model = pruned()
-    adapters.select_trainable(model, {"norms"})
+    parts.select_trainable(model, {"norms"})
     window_loss = WindowLoss(model)
     positions: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: positions.append(output[..., 0].numel()))
@@ -72,7 +72,7 @@ class Unlike(nn.Module):
 
 def test_a_head_that_cannot_be_run_apart_is_left_whole() -> None:
     model = Unlike(pruned())
-    adapters.select_trainable(model, {"norms"})
+    parts.select_trainable(model, {"norms"})
     window_loss = WindowLoss(model)
     assert not window_loss.head.apart
     ids = families.windows(2, 8)

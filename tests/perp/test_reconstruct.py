@@ -198,7 +198,9 @@ def test_an_output_that_is_not_finite_names_the_unit():
     "settings, message",
     [
         ({"parts": ("weights",)}, "'weights' is not a part"),
-        ({"parts": ()}, "nothing is not a part"),
+        ({"parts": ()}, "nothing is chosen"),
+        ({"parts": ("lora",)}, "'lora' is not a part that can be trained here"),
+        ({"parts": ("kept", "head")}, "'head' is not a part that can be trained here"),
         ({"parts": ("kept", "mask_lora")}, "train the same weights"),
         ({"epochs": 0}, "0 epochs"),
         ({"batch": 0}, "batches of 0"),

@@ -20,7 +20,8 @@ def reports() -> list[Report]:
     return [
         Report("wanda 0.5", [*dense, pruned]),
         Report(
-            "wanda 2:4", [*dense, pruned, Row(report.RETRAINED, {"wiki": 29.9, "sotu": 55.0}, 0.5, 0.00026, 90, 4.4)]
+            "wanda 2:4",
+            [*dense, pruned, Row(report.RETRAINED, {"wiki": 29.9, "sotu": 55.0}, 0.5, 0.00026, 90, 4.4, 35_136)],
         ),
     ]
 
@@ -39,7 +40,7 @@ def test_the_table_tells_every_row_once_in_eighty_columns():
         "dense retrained": ["10.382", "20.442", "0.03%", "3.6%", "1m39s", "4.3", "GB"],
         "wanda 0.5 pruned": ["121.0", "162.6", "50.00%", "37s", "1.6", "GB"],
         "wanda 2:4 pruned": ["121.0", "162.6", "50.00%", "37s", "1.6", "GB"],
-        "wanda 2:4 retrained": ["29.900", "55.000", "50.00%", "0.026%", "1m30s", "4.4", "GB"],
+        "wanda 2:4 retrained": ["29.900", "55.000", "50.00%", "0.026%", "35.1k", "1m30s", "4.4", "GB"],
     }
     assert told.count("20.889") == 1
     assert "wiki: held out from the text trained on" in told

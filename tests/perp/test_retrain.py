@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from perp import adapters, retrain
+from perp import adapters, parts, retrain
 from perp.errors import UserError
 from perp.linear import SparseLinear, unswap
+from perp.loss import WindowLoss
 from perp.progress import Silent
 from perp.retrain import RetrainSettings
 
@@ -43,12 +44,25 @@ def test_training_lowers_the_loss_and_keeps_every_zero(family: str, dtype: torch
 
 
 @pytest.mark.parametrize(
-    "parts", [{"norms"}, {"biases"}, {"kept"}, {"mask_lora", "biases"}], ids=lambda p: "+".join(sorted(p))
+    "chosen_parts",
+    [
+        {"norms"},
+        {"biases"},
+        {"kept"},
+        {"full"},
+        {"head"},
+        {"mask_lora", "biases"},
+        {"scale_lora", "head"},
+        {"spp"},
+        {"lora_prune"},
+        {"lora", "norms"},
+    ],
+    ids=lambda p: "+".join(sorted(p)),
 )
-def test_only_the_chosen_parts_move(parts: set[str]) -> None:
+def test_only_the_chosen_parts_move(chosen_parts: set[str]) -> None:
     model = pruned("opt")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    retrain.retrain(model, families.windows(), dataclasses.replace(SETTINGS, parts=parts))
+    retrain.retrain(model, families.windows(), dataclasses.replace(SETTINGS, parts=chosen_parts))
     chosen = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     moved = {n for n, p in model.named_parameters() if n not in before or not torch.equal(p, before[n])}
     assert moved == chosen
@@ -109,6 +123,27 @@ def test_micro_batches_give_the_same_training(dtype: torch.dtype) -> None:
         assert losses == pytest.approx(whole, rel=8 * rounding)
         # Adam turns a gradient of rounding size into a whole step, so the bound is on the norm.
         assert (found - parameters).norm() <= 100 * rounding * parameters.norm()
+
+
+def test_full_trains_a_tied_embedding_by_both_its_uses_and_keeps_the_masks() -> None:
+    """One step of SGD's direction: the gradient of the whole model's own loss, pruned weights apart."""
+    model = pruned("opt")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    masks = {n: m.sparse_weight.mask() for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    ids = families.windows(2)
+    parts.select_trainable(model, {"full"})
+    full_loss(model, ids).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (WindowLoss(model)(ids, 1 / (2 * (ids.shape[1] - 1)))).backward()
+    assert expected.keys() == {n for n, p in model.named_parameters() if p.is_floating_point()}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
+    model.zero_grad()
+    retrain.retrain(model, ids, dataclasses.replace(SETTINGS, parts={"full"}))
+    unswap(model)
+    for name, mask in masks.items():
+        assert not model.get_submodule(name).weight[~mask].any()
 
 
 def test_windows_are_drawn_by_seeded_permutations() -> None:
@@ -180,8 +215,14 @@ def test_bad_settings() -> None:
         ({"lr": 0.0}, "learning rate is 0.0"),
         ({"steps": 0}, "steps is 0"),
         ({"batch": 0}, "at least one window"),
-        ({"parts": {"head"}}, "'head' is not a part"),
-        ({"parts": set()}, "nothing to train"),
+        ({"parts": {"heads"}}, "'heads' is not a part"),
+        ({"parts": set()}, "nothing is chosen to train"),
+        ({"parts": {"kept", "mask_lora"}}, "train the same weights"),
+        ({"parts": {"full", "head"}}, "full.* trains the head itself"),
+        ({"distil": 1.5}, "weight of distillation is 1.5"),
+        ({"distil": 0.5, "temperature": 0.0}, "temperature of distillation is 0.0"),
+        ({"distil": 0.5}, "needs a teacher"),
+        ({"precision": "fp8"}, "'fp8' is not a precision"),
         ({"r": 0}, "rank is 0"),
     ):
         with pytest.raises(UserError, match=message):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import perp
 from perp import data, report, run
 from perp.checkpoints import load_masks
 from perp.errors import UserError
@@ -81,6 +82,77 @@ def test_trained_shares_are_counted_from_the_shapes(settings, tmp_path):
     adapters = sum(16 * sum(weight.shape) for weight in linears)
     assert shares[report.RETRAINED] == pytest.approx((adapters + norms) / total)
     assert shares[report.PRUNED] == 0
+    assert {row.stage: row.parameters for row in found.rows}[report.RETRAINED] == adapters + norms
+
+
+def test_a_merge_that_loses_something_is_told_as_two_rows(settings, tmp_path):
+    job = replace(settings, reconstruct="none", retrain=("lora_prune",), retrain_lr=1e-2, steps=4, compare=())
+    found = run.run(replace(job, out=tmp_path / "out"))
+    assert [row.stage for row in found.rows] == [report.DENSE, report.PRUNED, report.UNMERGED, report.RETRAINED]
+    unmerged, merged = found.rows[-2:]
+    assert unmerged.perplexity != merged.perplexity
+    assert merged.zeros == unmerged.zeros == 0.5
+
+
+def test_lora_is_judged_unmerged_and_kept_beside_the_pruned_model(settings, tmp_path):
+    job = replace(settings, reconstruct="none", retrain=("lora", "norms"), retrain_lr=1e-2, steps=4, compare=())
+    with pytest.raises(UserError, match=r"lora adapters cannot be merged .* add --keep-adapters"):
+        run.run(replace(job, out=tmp_path / "out"))
+    with pytest.raises(UserError, match="lora is not retrained; leave it out"):
+        run.run(replace(settings, keep_adapters=True, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    found = run.run(replace(job, keep_adapters=True, out=tmp_path / "out"))
+    assert [row.stage for row in found.rows] == [report.DENSE, report.PRUNED, report.RETRAINED]
+    model, words = perp.load(str(tmp_path / "out"))
+    text = data.windows(words, data.split(data.documents(settings.data)).test, 16, 2)
+    plain = perp.perplexity(model, text)
+    names = perp.load_adapters(model, tmp_path / "out")
+    assert set(names) == set(load_masks(tmp_path / "out"))
+    assert perp.perplexity(model, text) == pytest.approx(found.rows[-1].perplexity["articles"], rel=1e-5)
+    assert perp.perplexity(model, text) != plain
+    told = json.loads((tmp_path / "out" / "perp" / "adapter" / "adapter_config.json").read_text())
+    assert (told["r"], told["lora_alpha"]) == (16, 32)
+    again = run.run(replace(settings, overwrite=True, out=tmp_path / "out"))
+    assert again.rows
+    assert not (tmp_path / "out" / "perp" / "adapter" / "adapter_config.json").exists()
+
+
+def test_distillation_bf16_the_head_and_cycles_in_one_job(settings, tmp_path):
+    parts = ("mask_lora", "norms", "head")
+    job = replace(settings, retrain=parts, distil=0.5, precision="bf16", cycles=2, steps=4, pattern="2:4")
+    found = run.run(replace(job, out=tmp_path / "out"))
+    assert found.rows[-1].zeros == 0.5
+    told = json.loads((tmp_path / "out" / "perp.json").read_text())["settings"]
+    assert (told["distil"], told["precision"], told["cycles"]) == (0.5, "bf16", 2)
+    masks, weights = load_masks(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all((weights[f"{name}.weight"][~mask] == 0).all() for name, mask in masks.items())
+    assert all((mask.view(len(mask), -1, 4).sum(-1) == 2).all() for mask in masks.values())
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"reconstruct": "quarter"}, "'quarter' is no granularity"),
+        (
+            {"reconstruct": "none", "targets": "dense-model"},
+            "--targets is of reconstruction, and --granularity is none",
+        ),
+        ({"reconstruct": "matrix", "reconstruct_parts": ("norms",)}, "single matrices have no norms"),
+        ({"reconstruct_parts": ("lora",)}, "reconstruct parts cannot be 'lora'"),
+        ({"retrain": ("full", "mask_lora")}, "train the same weights"),
+        ({"cycles": 2, "retrain": ()}, "nothing is retrained; choose parts"),
+        ({"cycles": 3, "pattern": "2:4", "steps": 9}, "too few steps from dense for 3 cycles"),
+        ({"cycles": 2, "steps": 1}, "1 steps cannot be divided into 2 cycles"),
+        ({"inputs": "wet"}, "inputs cannot be 'wet'"),
+        ({"loss": "ce"}, "'ce' is not a loss"),
+        ({"precision": "int4"}, "'int4' is not a precision"),
+        ({"distil": 2.0}, "weight of distillation is 2.0"),
+    ],
+)
+def test_contradictions_are_refused_before_any_model_is_read(settings, tmp_path, wrong, message):
+    job = replace(settings, model=str(tmp_path / "no such model"), out=tmp_path / "out", **wrong)
+    with pytest.raises(UserError, match=message):
+        run.run(job)
 
 
 def test_the_dense_rows_of_an_earlier_job_are_taken_over(settings, tmp_path):

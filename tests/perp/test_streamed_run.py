@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from perp.retrain_state import Checkpoints
 from safetensors.torch import load_file
 
-from perp import checkpoints, models, packed_model, record, report, run
+from perp import checkpoints, models, packed_model, record, report, resume, run
 from perp.errors import UserError
 from perp.finished import Finished
 from perp.lock import LOCK, locked
@@ -108,43 +107,50 @@ def test_retraining_streams_over_the_packed_weights(settings, tmp_path):
 
 def test_retraining_goes_on_where_its_state_was_saved(settings, tmp_path, monkeypatch):
     job = replace(settings, retrain=("mask_lora", "norms"), steps=5, batch=2, compare=(), reconstruct="none")
-    monkeypatch.setattr(Checkpoints, "due", lambda self, taken, steps: taken in (2, 4, steps))
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
     run.run(replace(job, out=tmp_path / "alone"))
     taken: list[int] = []
-    save = Checkpoints.save
+    write = resume.Checkpoint.write
 
     def then_stop(self, optimiser, losses):
-        save(self, optimiser, losses)
+        write(self, optimiser, losses)
         if len(losses) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", then_stop)
+        patch.setattr(resume.Checkpoint, "write", then_stop)
         with pytest.raises(KeyboardInterrupt):
             run.run(replace(job, out=tmp_path / "out"))
     step = AdamW.step
     monkeypatch.setattr(AdamW, "step", lambda self, losses: taken.append(self.taken) or step(self, losses))
+    with monkeypatch.context() as patch:
+        # Trained, and the first block written.
+        patch.setattr(Finished, "write_block", counted(Finished.write_block, [1]))
+        with pytest.raises(KeyboardInterrupt):
+            run.run(replace(job, out=tmp_path / "out"))
     run.run(replace(job, out=tmp_path / "out"))
     assert taken == [2, 3, 4]
     assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
 
 
+def counted(write, left):
+    """`write`, after the last of so many calls of which the process ends, as it were."""
+
+    def then_stop(*arguments):
+        write(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    return then_stop
+
+
 def run_until(job: RunSettings, monkeypatch, units: int) -> None:
     """The process ends, as it were, once so many units and blocks are written."""
     left = [units]
-
-    def counted(write):
-        def then_stop(*arguments):
-            write(*arguments)
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-
-        return then_stop
-
     with monkeypatch.context() as patch:
-        patch.setattr(Finished, "write_unit", counted(Finished.write_unit))
-        patch.setattr(Finished, "write_block", counted(Finished.write_block))
+        patch.setattr(Finished, "write_unit", counted(Finished.write_unit, left))
+        patch.setattr(Finished, "write_block", counted(Finished.write_block, left))
         with pytest.raises(KeyboardInterrupt):
             run.run(job)
 
@@ -206,7 +212,7 @@ def test_one_run_at_a_time_in_a_directory(settings, tmp_path):
 
 
 def test_a_budget_too_small_for_one_unit_is_told_before_any_work(settings, tmp_path):
-    with pytest.raises(UserError, match=r"does not fit on this machine .*; use a machine with .* GB of memory"):
+    with pytest.raises(UserError, match=r"does not fit on this machine so; use a machine with .* GB of memory"):
         run.run(replace(settings, out=tmp_path / "out", cpu_memory="1kb"))
     assert not (tmp_path / "out").exists()
 

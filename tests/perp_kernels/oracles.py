@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -9,12 +10,15 @@ from torch import Tensor
 
 from perp_kernels import SparseWeight, pack, select
 
+# Where the tensors lie: drawn on the CPU, so that they are the same everywhere.
+DEVICE = torch.device("cuda" if os.environ.get("PERP_GPU", "0") != "0" else "cpu")
+
 LAYOUTS = ("dense", "bitmap", "semi24")
 
 
 def random_mask(shape: tuple[int, ...], layout: str, seed: int = 0) -> Tensor:
     """A mask that `layout` can hold; rows keep different counts but for semi24, and row 0 keeps nothing."""
-    scores = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     if layout == "semi24":
         return select(scores, "2:4")
     mask = scores < 0.5
@@ -27,14 +31,14 @@ def random_weight(
 ) -> tuple[Tensor, Tensor, SparseWeight]:
     """(the dense weight with zeros, its mask, the packed weight); some kept weights are 0."""
     mask = random_mask(shape, layout, seed)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)) / shape[-1] ** 0.5
+    weight = normal(*shape, seed=seed + 1) / shape[-1] ** 0.5
     weight = torch.where(mask, weight, 0.0).to(dtype)
     weight.view(-1)[::7] = 0.0
     return weight, mask, pack(weight, mask, layout)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 2) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def gradients(layer: Callable[..., Tensor], arguments: list[Tensor], grad_y: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import perp_kernels as pk
 
-from .oracles import normal, random_weight
+from .oracles import normal, random_mask, random_weight
 
 CASES = [("dense", None), ("bitmap", 3), ("semi24", None)]
 OFFSETS = torch.tensor([2, 2, 5])
@@ -40,6 +40,13 @@ def calls(layout: str, experts: int | None) -> Iterator[tuple[str, tuple[object,
     yield "mul_lowrank_", (*weight, A, B)
     yield "select", (normal(*shape), "0.5")
     yield "gram_", (torch.zeros(*leading, 12, 12), x, offsets)
+    yield "wanda_select", (normal(6, 12), normal(12).abs(), "2:4")
+    yield (
+        "masked_refit",
+        (normal(*shape), random_mask(tuple(shape), "bitmap"), torch.eye(12).expand(*leading, 12, 12), 0.01),
+    )
+    for pattern in ("0.5", "2:4"):
+        yield "swap_round_", (normal(6, 12), random_mask((6, 12), "semi24"), normal(6, 12), torch.eye(12), pattern)
     block = normal(6, 12), torch.eye(12), "2:4", torch.empty(6, 12), torch.empty(6, 12, dtype=torch.bool)
     yield "sparsegpt_block_", block
     yield "sparsegpt", (normal(*shape), torch.eye(12).expand(*leading, 12, 12).contiguous(), "2:4", 0.01, 8)

@@ -53,11 +53,25 @@ def run(
     method: Annotated[
         str, option("--method", "-m", help="magnitude, wanda or sparsegpt.", panel=PRUNING, metavar="NAME")
     ] = "wanda",
+    cycles: Annotated[
+        int, count("--cycles", help="Prune and retrain so many times, dividing the steps.", panel=PRUNING)
+    ] = 1,
+    schedule: Annotated[
+        str,
+        option(
+            "--schedule",
+            help="Each cycle prunes the same share of what is left (geometric) or of all weights (linear).",
+            panel=PRUNING,
+            metavar="NAME",
+        ),
+    ] = "geometric",
     reconstruct: Annotated[
         str,
         option(
+            "--granularity",
             "--reconstruct",
-            help="Fit each half-block or block to its dense output as it is pruned; or none.",
+            help="What is fitted at once, as it is pruned, to what it gave when dense: matrix, half-block, block, a "
+            "number of blocks (4-blocks) or model; or none.",
             panel=RECOVERY,
             metavar="UNIT",
         ),
@@ -66,11 +80,39 @@ def run(
         str,
         option(
             "--reconstruct-parts",
-            help="Trained in it: kept, norms, biases, mask_lora.",
+            help="Trained in it: kept, full, mask_lora, scale_lora, spp or lora_prune, with norms, biases.",
             panel=RECOVERY,
             metavar="PARTS",
         ),
     ] = "kept,norms",
+    inputs: Annotated[
+        str,
+        option(
+            "--inputs",
+            help="What it reads there: sparse, from the blocks already pruned, or dense, from the dense model.",
+            panel=RECOVERY,
+            metavar="NAME",
+        ),
+    ] = "sparse",
+    targets: Annotated[
+        str,
+        option(
+            "--targets",
+            help="What it is fitted to: dense-weights, its own dense weights on those inputs, or dense-model, what the "
+            "dense model gives there.",
+            panel=RECOVERY,
+            metavar="NAME",
+        ),
+    ] = "dense-weights",
+    loss: Annotated[
+        str,
+        option(
+            "--loss",
+            help="How far it is from that: mse, nmse (relative to the target) or cosine.",
+            panel=RECOVERY,
+            metavar="NAME",
+        ),
+    ] = "mse",
     reconstruct_lr: Annotated[
         float | None,
         option(
@@ -85,7 +127,8 @@ def run(
         str,
         option(
             "--retrain",
-            help="Trained afterwards on the language-model loss: mask_lora, norms, biases, kept; or none.",
+            help="Trained afterwards on the language-model loss: mask_lora, scale_lora, spp, lora_prune, lora, kept or "
+            "full (every parameter), with norms, biases, head; or none.",
             panel=RECOVERY,
             metavar="PARTS",
         ),
@@ -104,6 +147,32 @@ def run(
             panel=RECOVERY,
         ),
     ] = True,
+    distil: Annotated[
+        float,
+        option(
+            "--distil",
+            help="Weight of the dense model's predictions in the loss of retraining, 0 to 1.",
+            panel=RECOVERY,
+            metavar="W",
+        ),
+    ] = 0.0,
+    temperature: Annotated[
+        float, option("--temperature", help="Temperature of both in distillation.", panel=RECOVERY, metavar="T")
+    ] = 1.0,
+    precision: Annotated[
+        str,
+        option(
+            "--precision",
+            help="Retrain in the model's own dtype (model), or with frozen weights in bf16 and what trains in fp32 "
+            "(bf16).",
+            panel=RECOVERY,
+            metavar="NAME",
+        ),
+    ] = "model",
+    keep_adapters: Annotated[
+        bool,
+        option("--keep-adapters", help="Save lora adapters beside the model, since they do not merge.", panel=RECOVERY),
+    ] = False,
     rank: Annotated[int, count("--rank", help="Rank of the adapters.", panel=RECOVERY)] = 16,
     alpha: Annotated[
         float, option("--alpha", help="Adapters are scaled by alpha / rank.", panel=RECOVERY, metavar="X")
@@ -126,6 +195,14 @@ def run(
     overwrite: Annotated[bool, option("--overwrite", help="Replace what is in --out.", panel=OUTPUT)] = False,
     packed: Annotated[
         bool, option("--packed", help="Write the packed file too, for perp generate.", panel=OUTPUT)
+    ] = False,
+    resume: Annotated[
+        bool,
+        option(
+            "--resume",
+            help="Write down in --out what is done, and go on from there if an earlier run was interrupted.",
+            panel=OUTPUT,
+        ),
     ] = False,
     compare: Annotated[
         str,
@@ -157,8 +234,13 @@ def run(
         out=out,
         pattern=pattern,
         method=method,
+        cycles=cycles,
+        schedule=schedule,
         reconstruct=reconstruct,
         reconstruct_parts=names(reconstruct_parts),
+        inputs=inputs,
+        targets=targets,
+        loss=loss,
         reconstruct_lr=reconstruct_lr,
         reconstruct_batch=reconstruct_batch,
         epochs=epochs,
@@ -167,6 +249,10 @@ def run(
         steps=steps,
         batch=batch,
         checkpointing=checkpointing,
+        distil=distil,
+        temperature=temperature,
+        precision=precision,
+        keep_adapters=keep_adapters,
         rank=rank,
         alpha=alpha,
         data=data,
@@ -181,6 +267,7 @@ def run(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         packed=packed,
+        resume=resume,
         stream=stream,
         gpu_memory=gpu_memory,
         cpu_memory=cpu_memory,

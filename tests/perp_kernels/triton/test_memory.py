@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from perp_kernels.triton import masked_lora_linear, scale_lora_linear
+from perp_kernels.triton import adapted
 from perp_kernels.triton.launch import Target, recording
 
 pytestmark = pytest.mark.skipif(
@@ -50,12 +50,11 @@ def calls(N: int, K: int, layout: str, rank: int) -> Iterator[tuple[Callable[[],
     values = meta(N, K if layout == "dense" else K // 2)
     weight = (values, meta(N, K // 8, dtype=torch.uint8), None, layout, [N, K])
     A, B, x, dy, needs = meta(rank, K), meta(N, rank), meta(T, K), meta(T, N), [True, True, True, False]
-    masked, scaled = masked_lora_linear, scale_lora_linear
     gradients = [2 * T * K, 2 * rank * K, 2 * N * rank]
-    yield lambda: masked.masked_lora_linear(x, *weight, A, B, 1.5, None, None), [2 * T * N]
-    yield lambda: masked.masked_lora_linear_backward(dy, x, *weight, A, B, 1.5, None, needs), gradients
-    yield lambda: scaled.scale_lora_linear(x, *weight, A, B, None, None), [2 * T * N]
-    yield lambda: scaled.scale_lora_linear_backward(dy, x, *weight, A, B, None, needs), gradients
+    yield lambda: adapted.masked_lora_linear(x, *weight, A, B, 1.5, None, None), [2 * T * N]
+    yield lambda: adapted.masked_lora_linear_backward(dy, x, *weight, A, B, 1.5, None, needs), gradients
+    yield lambda: adapted.scale_lora_linear(x, *weight, A, B, None, None), [2 * T * N]
+    yield lambda: adapted.scale_lora_linear_backward(dy, x, *weight, A, B, None, needs), gradients
 
 
 @pytest.mark.parametrize("rank", [R, 128])

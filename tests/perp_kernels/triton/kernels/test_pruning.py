@@ -4,13 +4,15 @@ import pytest
 import torch
 
 import perp_kernels as pk
-from tests.perp_kernels.oracles import normal
+from tests.perp_kernels.oracles import DEVICE, normal
 
-from .small import triton
+from .small import DTYPES, LAUNCHED, triton
+
+WIDE = [("2:4", 5000), ("0.5", 14336), ("0.61/row", 5001)] if LAUNCHED else []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("pattern,K", [("2:4", 20), ("1:3", 9), ("5:8", 16), ("0.5", 20), ("0.61/row", 33)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern,K", [("2:4", 20), ("1:3", 9), ("5:8", 16), ("0.5", 20), ("0.61/row", 33), *WIDE])
 def test_select(pattern: str, K: int, dtype: torch.dtype) -> None:
     # Rounded, so that many are equal; of both signs, with both zeros and both infinities.
     scores = (2 * normal(7, K, dtype=dtype)).round()
@@ -22,19 +24,23 @@ def test_select(pattern: str, K: int, dtype: torch.dtype) -> None:
     width = parsed.m or K
     rows = scores.double().view(-1, width)
     order = rows.argsort(dim=1, stable=True)
-    expected = torch.ones(rows.shape, dtype=torch.bool)
+    expected = torch.ones(rows.shape, dtype=torch.bool, device=DEVICE)
     expected.scatter_(1, order[:, : parsed.pruned(width)], False)
     assert torch.equal(kept, expected.view(scores.shape))
 
 
-def test_select_has_no_rank_for_nan() -> None:
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+@pytest.mark.parametrize("where", [(0, 0), (4, 39)])
+def test_select_has_no_rank_for_nan(pattern: str, where: tuple[int, int]) -> None:
+    scores = normal(5, 40)
+    scores[where] = torch.nan
     with pytest.raises(ValueError, match="NaN"), triton("select"):
-        pk.select(torch.full((2, 4), torch.nan), "2:4")
+        pk.select(scores, pattern)
 
 
 def test_other_scopes_are_left_to_the_reference() -> None:
     with pytest.raises(ValueError, match="No triton implementation"), pk.backend("triton"):
-        pk.select(torch.ones(2, 4), "0.5/matrix")
+        pk.select(normal(2, 4), "0.5/matrix")
 
 
 @pytest.mark.parametrize("pattern,block_size", [("2:4", 7), ("1:3", 12), ("0.5", 5), ("0.5/row", 128)])
