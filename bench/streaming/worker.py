@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import machine as bench_machine
 from bench.results import write_json
-from perp import checkpoints, machine, manifest, models
+from perp import checkpoints, machine, manifest, models, streamed_save
 from perp.activations import Place
 from perp.blocks import find_blocks
 from perp.finished import Finished
@@ -91,7 +91,7 @@ def _streamed(job: Job, scratch: Path) -> int:
     residence = Streamed(stream, stage, Place("memory", job.windows, scratch))
     prune_model(stream.model, _windows(job, stream.model), job.method, PATTERN, _fit(job), residence=residence)
     masks = stage.all_masks(len(stream.blocks))
-    checkpoints.save_streamed(stream, stage, _NoTokenizer(), scratch / "out", _manifest(masks))
+    streamed_save.save(stream, stage, _NoTokenizer(), scratch / "out", _manifest(masks))
     return len(stream.blocks)
 
 

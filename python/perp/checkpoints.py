@@ -11,18 +11,17 @@ OUT/perp/unfinished/        what an interrupted run can go on from, if asked for
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from perp import adapter_files, shards
+from perp import adapter_files
 from perp import manifest as manifests
 from perp import masks as mask_files
 from perp import packed as packed_files
@@ -32,11 +31,9 @@ from perp.blocks import find_blocks, prunable
 from perp.errors import UserError
 from perp.experts import linears
 from perp.files import flush
-from perp.finished import Finished, Masks
 from perp.linear import SparseLinear
 from perp.lock import LOCK
-from perp.models import INDEX, WEIGHTS, check_finite, quiet, save_weights
-from perp.stream import Stream
+from perp.models import check_finite, quiet, save_weights
 
 STAGING, UNFINISHED = Path("perp", "staging"), Path("perp", "unfinished")
 MASKS = Path("perp", "masks.safetensors")
@@ -113,7 +110,7 @@ def save(
     out = Path(out)
     check_output(out, overwrite, size(model, packed))
     _check_model(model, masks, manifest)
-    with _staging(out) as staging:
+    with staged(out) as staging:
         new = staging / "new"
         (new / MASKS).parent.mkdir(parents=True)
         _write_model(model, tokenizer, new)
@@ -123,64 +120,10 @@ def save(
         if adapters:
             adapter_files.write(adapters, new / ADAPTER)
         manifests.write(manifest, new / manifests.NAME)
-        _finish(new, staging / "old", out)
+        finish(new, staging / "old", out)
 
 
-def save_streamed(
-    stream: Stream,
-    stage: Finished,
-    tokenizer: Any,
-    out: str | Path,
-    manifest: Mapping[str, Any],
-    packed: bool = False,
-) -> None:
-    """As `save`, for the model whose blocks are finished in `stage`: its shards become the model's, without a copy.
-
-    A block and its masks are in memory at a time. What was in `out` gives way.
-    """
-    out, count = Path(out), len(stream.blocks)
-    masks = stage.all_masks(count)
-    _check_counts(masks, manifest)
-    with stream.reading(stage.tensors):
-        for index in range(count):
-            with stream.enter(index):
-                _check_zeros(stream.model, {name: masks[name] for name in stage.masks(index)})
-    with _staging(out) as staging:
-        new = staging / "new"
-        (new / MASKS).parent.mkdir(parents=True)
-        stream.write_rest(new)
-        names = [f"model-{number + 1:05}-of-{count + 1:05}.safetensors" for number in range(count + 1)]
-        (new / WEIGHTS).rename(new / names[0])
-        for index, name in enumerate(names[1:]):
-            _link(stage.weights(index), new / name)
-        _write_index(new, names)
-        _write_tokenizer(tokenizer, new)
-        mask_files.write_bits(masks.bits, new / MASKS)
-        if packed:
-            _write_packed_streamed(stream, stage, masks, new / PACKED)
-        manifests.write(manifest, new / manifests.NAME)
-        _finish(new, staging / "old", out)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)
-
-
-def _write_index(directory: Path, names: Iterable[str]) -> None:
-    places: dict[str, str] = {}
-    size = 0
-    for name in names:
-        for key, entry in shards.header(directory / name).items():
-            places[key] = name
-            size += entry["data_offsets"][1] - entry["data_offsets"][0]
-    content = {"metadata": {"total_size": size}, "weight_map": places}
-    (directory / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _finish(new: Path, old: Path, out: Path) -> None:
+def finish(new: Path, old: Path, out: Path) -> None:
     """Have all that is staged on the disk, and in place."""
     # safetensors makes its files readable by their owner alone, whatever the umask says.
     ordinary = (new / manifests.NAME).stat().st_mode
@@ -195,8 +138,8 @@ def add_packed(model: nn.Module, directory: str | Path, masks: Mapping[str, Tens
     """Write the packed file of the pruned model in `directory`, loaded as `model`, all of it or nothing."""
     directory = Path(directory)
     check_output(directory, overwrite=True, needed=size(model))
-    _check_zeros(model, masks)
-    with _staging(directory) as staging:
+    check_zeros(model, masks)
+    with staged(directory) as staging:
         new = staging / "new"
         (new / PACKED).parent.mkdir(parents=True)
         _write_packed(model, masks, new / PACKED)
@@ -205,7 +148,7 @@ def add_packed(model: nn.Module, directory: str | Path, masks: Mapping[str, Tens
 
 
 @contextmanager
-def _staging(out: Path) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """A place in `out` to write into, gone at the end; UserError for what the disk refuses, and `out` is as it was."""
     created = [path for path in (out / "perp", out, *out.absolute().parents) if not path.exists()]
     staging = out / STAGING
@@ -263,11 +206,11 @@ def _check_model(model: nn.Module, masks: Mapping[str, Tensor], manifest: Mappin
         if isinstance(module, SparseLinear):
             raise UserError(f"{name} is still a SparseLinear; merge adapters and unswap before saving.")
     check_finite(model, "the model to save")
-    _check_counts(masks, manifest)
-    _check_zeros(model, masks)
+    check_counts(masks, manifest)
+    check_zeros(model, masks)
 
 
-def _check_counts(masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+def check_counts(masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     counts = manifests.check(manifest, "the manifest")["sparsity"]
     if set(counts) != set(masks):
         raise UserError("the manifest counts other layers than the masks; build it from the masks that are saved.")
@@ -276,7 +219,7 @@ def _check_counts(masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> N
             raise UserError(f"the manifest counts {name} otherwise than its mask; build it from the masks saved.")
 
 
-def _check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     modules = dict(model.named_modules())
     fused = {name: linear for name, linear in linears(model).items() if name not in modules}
     for name, mask in masks.items():
@@ -290,10 +233,10 @@ def _check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
     save_weights(model, directory)
-    _write_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
 
 
-def _write_tokenizer(tokenizer: Any, directory: Path) -> None:
+def write_tokenizer(tokenizer: Any, directory: Path) -> None:
     with quiet():
         try:
             tokenizer.save_pretrained(directory)
@@ -310,22 +253,6 @@ def _write_packed(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> 
     # Fused experts stay in the model's own files: load_packed puts a layer where an nn.Linear was.
     names = [name for name, mask in masks.items() if mask.ndim == 2]
     packed_files.write(path, names, weight, lambda name: masks[name].to(weight(name).device))
-
-
-def _write_packed_streamed(stream: Stream, stage: Finished, masks: Masks, path: Path) -> None:
-    """Layer by layer, its block entered for it: the layers of a block follow one another."""
-    with stream.reading(stage.tensors), ExitStack() as entered:
-        here: list[int] = []
-
-        def weight(name: str) -> Tensor:
-            index = int(name.removeprefix(f"{stream.prefix}.").partition(".")[0])
-            if here != [index]:
-                entered.close()
-                entered.enter_context(stream.enter(index))
-                here[:] = [index]
-            return stream.model.get_submodule(name).weight.detach()
-
-        packed_files.write(path, masks, weight, lambda name: masks[name].to(stream.device))
 
 
 def _move_into_place(new: Path, old: Path, out: Path, former: Iterable[Path] = ()) -> None:

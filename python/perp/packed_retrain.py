@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perp import checkpoints, manifest, packed_model, parts
+from perp import manifest, packed_model, parts, streamed_save
 from perp.adapters import attach, merge
 from perp.files import commit
 from perp.finished import Finished, Masks
@@ -102,7 +102,7 @@ def _packed(stream: Stream, before: Finished, tokenizer: Any, base: Path, settin
     """The model on its packed weights, by way of a directory whose shards are links to those of the stage."""
     masks = before.all_masks(len(stream.blocks))
     about = manifest.build(method="", pattern="", parts=settings.parts, masks=masks, data={}, seeds={})
-    checkpoints.save_streamed(stream, before, tokenizer, base, about, packed=True)
+    streamed_save.save(stream, before, tokenizer, base, about, packed=True)
     dtype = str(stream.model.dtype).removeprefix("torch.")
     return packed_model.load_weights(base, dtype, str(stream.device))
 

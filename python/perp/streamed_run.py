@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import perp
-from perp import checkpoints, models, packed_retrain, record, report, shards
+from perp import checkpoints, models, packed_retrain, record, report, shards, streamed_save
 from perp.activations import Place
 from perp.blocks import Calls, prunable
 from perp.errors import UserError
@@ -120,7 +120,7 @@ class StreamedJob(Job):
 
     def save(self, content: dict[str, Any], masks: Mapping[str, Tensor]) -> None:
         job = self.job
-        checkpoints.save_streamed(self.stream, self.last, self.tokenizer, job.out, content, job.packed)
+        streamed_save.save(self.stream, self.last, self.tokenizer, job.out, content, job.packed)
 
     def _record(self) -> record.Record:
         files = {**self.stream.shards.identity(), "config.json": shards.checksum(self.stream.directory / "config.json")}

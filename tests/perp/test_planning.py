@@ -7,11 +7,13 @@ from dataclasses import asdict
 
 import pytest
 from transformers import LlamaConfig, OPTConfig
+from typer.testing import CliRunner
 
 from bench import machine as bench_machine
 from bench.streaming.subjects import write_random
 from bench.streaming.worker import Job
 from perp import settings
+from perp.cli import app
 from perp.planning import plan_job
 from perp.settings import RunSettings
 
@@ -59,3 +61,15 @@ def test_a_plan_needs_the_configuration_alone(tmp_path):
     assert (found.fits, found.plan.stream) == (True, True)
     assert not plan_job(RunSettings(model=job.model, out=job.out, device="cpu", cpu_memory="50MB")).fits
     assert plan_job(RunSettings(model=job.model, out=job.out, device="cpu", windows=4)).plan.stream is False
+
+
+def test_perp_plan_tells_a_stage_a_line_and_a_verdict(tmp_path):
+    LLAMA.save_pretrained(tmp_path)
+    asked = ["plan", str(tmp_path), "--device", "cpu", "--windows", "4", "--cpu-memory"]
+    told = CliRunner().invoke(app, [*asked, "400MB"])
+    assert told.exit_code == 0, told.output
+    assert all(stage in told.stdout for stage in ("judge", "prune", "retrain", "may take"))
+    assert "It fits: streamed, a block at a time" in told.stdout
+    told = CliRunner().invoke(app, [*asked, "20MB"])
+    assert told.exit_code == 0
+    assert "It does not fit; use a machine with" in told.stdout

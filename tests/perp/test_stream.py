@@ -1,11 +1,14 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from perp import models
 from perp.activations import Place
 from perp.blocks import find_blocks
+from perp.errors import UserError
 from perp.finished import Finished
 from perp.prune import prune_model
 from perp.reconstruct import ReconstructSettings
@@ -79,3 +82,54 @@ def test_streaming_prunes_bitwise_as_in_memory(tmp_path, family, dtype, method, 
             with stream.enter(index):
                 for name, weight in block.named_parameters():
                     assert torch.equal(stream.blocks[index].get_parameter(name), weight), name
+
+
+def test_what_is_damaged_is_refused_before_any_block_is_read(tmp_path):
+    directory = sharded(tmp_path, "llama")
+    index = directory / models.INDEX
+    told = json.loads(index.read_text())
+    shard = directory / sorted(set(told["weight_map"].values()))[1]
+    key = next(key for key, place in told["weight_map"].items() if place == shard.name)
+    index.write_text(json.dumps({**told, "weight_map": {**told["weight_map"], f"{key}_more": shard.name}}))
+    with pytest.raises(UserError, match=rf"names {key}_more, which {shard.name} does not hold"):
+        Stream(str(directory))
+    index.write_text(json.dumps(told))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-8])
+    with pytest.raises(UserError, match=rf"{shard.name} is truncated or damaged"):
+        Stream(str(directory))
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"lacks {shard.name}"):
+        Stream(str(directory))
+
+
+def test_a_block_with_a_value_that_is_not_finite_is_refused_as_it_enters(tmp_path):
+    directory = sharded(tmp_path, "llama")
+    for shard in directory.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            if name == "model.layers.1.mlp.up_proj.weight":
+                tensor[3, 5] = torch.nan
+                save_file(tensors, shard, {"format": "pt"})
+    stream = Stream(str(directory))
+    with stream.enter(0):
+        pass
+    with pytest.raises(UserError, match=r"mlp\.up_proj\.weight of block 1 .* holds NaN or infinite"), stream.enter(1):
+        pass
+    assert all(weight.is_meta for weight in stream.blocks.parameters())
+
+
+def test_hidden_states_in_a_file_are_those_put_there(tmp_path):
+    place = Place("disk", 3, tmp_path)
+    states, others = place(), place()
+    for number in range(3):
+        states.append(torch.full((1, 2, 4), number, dtype=torch.bfloat16))
+        others.append(torch.full((1, 2, 4), 10 + number, dtype=torch.bfloat16))
+    states[1] = torch.full((1, 2, 4), 7, dtype=torch.bfloat16)
+    assert [state[0, 1, 3].item() for state in states] == [0, 7, 2]
+    assert len(states) == 3
+    assert not list(tmp_path.iterdir())
+    states[:] = others
+    assert [state[0, 0, 0].item() for state in states] == [10, 11, 12]
+    with pytest.raises(IndexError):
+        states.append(torch.zeros(1, 2, 4))
