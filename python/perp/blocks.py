@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import operator
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from perp.activations import InMemory
 from perp.errors import UserError
 from perp.experts import linears
 
@@ -20,6 +23,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Those for a batch of windows, given by their numbers.
 ArgumentsOf = Callable[[Sequence[int]], Arguments]
+
+# Has the weights of one block, given by its number, in memory for the duration.
+Enter = Callable[[int], AbstractContextManager[None]]
 
 HIDDEN = "hidden_states"
 
@@ -90,12 +96,12 @@ def outputs(
     hidden: Iterable[Tensor],
     arguments: Callable[[Sequence[int]], Any],
 ) -> Iterator[Tensor]:
-    """What `run` (a unit, or a block) gives for each window in turn: hidden states [1, T, H] in and, in store, out.
+    """What `run` (a unit, or a block) gives for each window in turn: hidden states [1, T, H] in and out.
 
     `arguments(window_ids)`: what it is called with beside them.
     """
     for window, state in enumerate(hidden):
-        yield to_store(run(state, arguments([window])))
+        yield run(state, arguments([window]))
 
 
 class Calls:
@@ -104,95 +110,159 @@ class Calls:
     A short real forward shows what each block returns. After that the blocks are stubbed (hidden states go through
     unchanged), so that a forward costs the embedding, the masks and the rotary tables only; it ends at the last block.
 
-    `hidden`: the inputs of block 0, a list of [1, T, H], one per window, in CPU memory (pinned for a model on a GPU).
-    The list is the caller's to overwrite as the windows advance from block to block.
+    `hidden`: the inputs of block 0, [1, T, H] each, one per window, in what `activations` has made. It is the caller's
+    to overwrite as the windows advance from block to block.
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Tensor,
+        enter: Enter | None = None,
+        activations: Callable[[], MutableSequence[Tensor]] = InMemory,
+        known: Calls | None = None,
+    ) -> None:
         """`windows`: token ids, int64 [n, T], n >= 1. The model must be in eval mode: no dropout, no checkpointing.
 
-        UserError where the blocks do not run once each and in order, hand each other more than the hidden state, or
-        give NaN or infinite values.
+        `enter` brings a block's weights for those that are not in memory. `known`: the calls of the same model with
+        other windows, whose short forward serves these too. UserError where the blocks do not run once each and in
+        order, hand each other more than the hidden state, or give NaN or infinite values.
         """
         if windows.ndim != 2 or not windows.numel():
             raise UserError(f"the windows are {list(windows.shape)}; at least one window of tokens [n, T] is needed.")
         self._model, self._windows = model, windows
+        self.enter = enter or (lambda index: nullcontext())
         _, self._blocks = find_blocks(model)
         self._outputs: list[_Output] = []
-        self._learn(windows[:1, :SHORT])
+        if known is None:
+            self._learn(windows[:1, :SHORT])
+        else:
+            self._outputs = known._outputs
         self._fixed = True
         self._known: dict[int, list[Arguments]] = {}
-        self.hidden: list[Tensor] = []
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.hidden = activations()
         for window in windows.split(1):
             hidden, arguments = self._stubbed(window)
-            self.hidden.append(to_store(hidden))
+            self.hidden.append(hidden)
             self._fixed = self._fixed and _equal(self._known.setdefault(1, arguments), arguments)
 
     @torch.no_grad()
     def arguments(self, block_index: int, window_ids: Sequence[int]) -> Arguments:
         """What block `block_index` is called with, beside the hidden state, for the batch of these windows.
 
-        Where the windows were all called alike, the arguments of a batch size are made once and kept.
+        Where the windows were all called alike, the arguments of a batch size are made once and kept. Their tensors are
+        on the block's device, wherever the rest of the model is.
         """
         size = len(window_ids)
+        device = self._place(block_index)
         if not self._fixed:
-            return self._stubbed(self._windows[list(window_ids)])[1][block_index]
+            return _on(device, self._stubbed(self._windows[list(window_ids)])[1][block_index], {})
         if size not in self._known:
             self._known[size] = self._stubbed(self._windows[list(window_ids)])[1]
-        return self._known[size][block_index]
+        return _on(device, self._known[size][block_index], self._moved)
+
+    def advance(self, index: int) -> None:
+        """`hidden`, the inputs of block `index`, becomes its outputs."""
+        run = partial(run_block, self._blocks[index])
+        for window, output in enumerate(outputs(run, self.hidden, partial(self.arguments, index))):
+            self.hidden[window] = output
+
+    @contextmanager
+    def ended(self, window: int | None = None) -> Iterator[None]:
+        """For the duration, no block computes: the last one gives this window's `hidden`, as advanced beyond it.
+
+        So a forward of the model with this window is what its end makes of them. None: the last hands its input on.
+        """
+
+        def replace(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = _split(args, kwargs)[0]
+                if window is not None and index + 1 == len(self._blocks):
+                    hidden = self.hidden[window].to(hidden.device)
+                return self._as_output(index, hidden)
+
+            return forward
+
+        with replaced_forwards(list(self._blocks), replace):
+            yield
 
     def _learn(self, ids: Tensor) -> None:
         """Run the real blocks once; learn what they return, and check that each can be run alone."""
         real: list[Tensor] = []
+        refused = UserError(
+            f"the blocks of {type(self._model).__name__} hand each other more than the hidden state; "
+            "perp can only run blocks that do not."
+        )
 
-        def answer(index: int, hidden: Tensor, run: Callable[[], Any]) -> Any:
-            output = run()
-            real.append(hidden_of(output, hidden.shape))
-            self._outputs.append(_structure(output, real[-1]))
+        def answer(index: int, hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
+            given = hidden.clone()
+            with self.enter(index):
+                output = run(hidden)
+                real.append(hidden_of(output, hidden.shape))
+                self._outputs.append(_structure(output, real[-1]))
+                if not real[-1].isfinite().all():
+                    raise UserError(
+                        f"{type(self._model).__name__} computes NaN or infinite activations as {hidden.dtype}; "
+                        "load it in a wider dtype."
+                    )
+                if not close(hidden_of(run(given), given.shape), real[-1]):
+                    raise refused
             return output
 
-        self._walk(ids, answer)
-        hidden, arguments = self._stubbed(ids)
-        for block, called, expected in zip(self._blocks, arguments, real, strict=True):
-            if not expected.isfinite().all():
-                raise UserError(
-                    f"{type(self._model).__name__} computes NaN or infinite activations as {expected.dtype}; "
-                    "load it in a wider dtype."
-                )
-            hidden = run_block(block, hidden, called)
-            if not close(hidden, expected):
-                raise UserError(
-                    f"the blocks of {type(self._model).__name__} hand each other more than the hidden state; "
-                    "perp can only run blocks that do not."
-                )
+        calls: list[_Call] = []
+        self._walk(ids, answer, calls)
+        _, stubbed = self._stubbed(ids)
+        for index, ((hidden, arguments), called) in enumerate(zip(calls, stubbed, strict=True)):
+            if not _equal(arguments, called):
+                with self.enter(index):
+                    alone = run_block(self._blocks[index], hidden, _on(self._place(index), called, {}))
+                    if not close(alone.to(hidden.device), real[index]):
+                        raise refused
+
+    def _place(self, index: int) -> torch.device:
+        return next(self._blocks[index].parameters()).device
+
+    def _as_output(self, index: int, hidden: Tensor) -> Any:
+        """`hidden` in the form in which block `index` returns it."""
+        structure = self._outputs[index]
+        if structure is None:
+            return hidden
+        items, position = structure
+        return (*items[:position], hidden, *items[position + 1 :])
 
     def _stubbed(self, ids: Tensor) -> tuple[Tensor, list[Arguments]]:
         """The input of block 0 and the arguments of every block for these token ids."""
 
-        def answer(index: int, hidden: Tensor, run: Callable[[], Any]) -> Any:
-            structure = self._outputs[index]
-            if structure is None:
-                return hidden
-            items, position = structure
-            return (*items[:position], hidden, *items[position + 1 :])
-
-        calls = self._walk(ids, answer)
+        calls: list[_Call] = []
+        self._walk(ids, lambda index, hidden, run: self._as_output(index, hidden), calls)
         return calls[0][0], [arguments for _, arguments in calls]
 
-    def _walk(self, ids: Tensor, answer: Callable[[int, Tensor, Callable[[], Any]], Any]) -> list[_Call]:
-        """Run the model up to its last block and return what the blocks were called with.
+    def _walk(
+        self, ids: Tensor, answer: Callable[[int, Tensor, Callable[[Tensor], Any]], Any], calls: list[_Call]
+    ) -> None:
+        """Run the model up to its last block, and append to `calls` what each block is called with.
 
-        `answer(index, hidden, run)` stands in for the forward of each block; `run()` is the real one.
+        `answer(index, hidden, run)` stands in for the forward of each block; `run(hidden)` is the real one.
         """
-        calls: list[_Call] = []
 
         def replace(index: int, run: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if index != len(calls):
                     raise UserError(f"{type(self._model).__name__} does not run each block once and in order.")
                 calls.append(_split(args, kwargs))
-                output = answer(index, calls[-1][0], lambda: run(*args, **kwargs))
+                hidden, arguments = calls[-1]
+
+                def real(given: Tensor) -> Any:
+                    args, kwargs = _on(self._place(index), arguments, {})
+                    given = given.to(self._place(index))
+                    called = (
+                        run(*args, **{**kwargs, HIDDEN: given}) if HIDDEN in kwargs else run(given, *args, **kwargs)
+                    )
+                    return _on(hidden.device, called, {})
+
+                output = answer(index, hidden, real)
                 if len(calls) == len(self._blocks):
                     raise Stop
                 return output
@@ -204,7 +274,6 @@ class Calls:
             self._model(input_ids=ids.to(device), use_cache=False)
         if len(calls) != len(self._blocks):
             raise UserError(f"{type(self._model).__name__} runs {len(calls)} of its {len(self._blocks)} blocks.")
-        return calls
 
 
 def close(one: Tensor, other: Tensor) -> bool:
@@ -215,14 +284,6 @@ def close(one: Tensor, other: Tensor) -> bool:
 def to_block(hidden: Tensor, block: nn.Module) -> Tensor:
     """`hidden` on the device of the block."""
     return hidden.to(next(block.parameters()).device, non_blocking=True)
-
-
-def to_store(hidden: Tensor) -> Tensor:
-    """`hidden` in CPU memory, where activations wait for their turn; pinned when it comes from a GPU."""
-    if hidden.device.type == "cpu":
-        return hidden
-    stored = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-    return stored.copy_(hidden)
 
 
 @contextmanager
@@ -274,3 +335,20 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     return isinstance(one, (bool, int, float, str)) and one == other
+
+
+def _on(device: torch.device, value: Any, moved: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """`value` with its tensors on the device, itself where they are; `moved` keeps each with its copy, made once."""
+    if isinstance(value, Tensor):
+        if value.device == device:
+            return value
+        if id(value) not in moved:
+            moved[id(value)] = value, value.to(device)
+        return moved[id(value)][1]
+    if type(value) in (tuple, list):
+        items = [_on(device, item, moved) for item in value]
+        return value if all(map(operator.is_, items, value)) else type(value)(items)
+    if type(value) is dict:
+        named = {key: _on(device, item, moved) for key, item in value.items()}
+        return value if all(named[key] is value[key] for key in value) else named
+    return value

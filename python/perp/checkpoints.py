@@ -2,9 +2,7 @@
 
 OUT/                        what model.save_pretrained and the tokenizer write: any loader reads it without perp
 OUT/perp.json               the manifest
-OUT/perp/masks.safetensors  "LAYER.weight" -> uint8 [N, ceil(K/8)], bit j of byte i = column 8 i + j, 1 = kept;
-                            metadata: "perp-masks", a JSON object of version (1), columns, "LAYER.weight" -> K, and,
-                            where there are some, experts, "LAYER.weight" -> E, whose rows follow each other
+OUT/perp/masks.safetensors  the masks: `perp.masks`
 OUT/perp/packed.safetensors the pruned linears packed, if asked for: `perp.packed`
 OUT/perp/adapter/           adapters that were kept unmerged: `perp.adapter_files`
 OUT/perp/staging/           only while saving
@@ -13,8 +11,6 @@ OUT/perp/unfinished/        what an interrupted run can go on from, if asked for
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,28 +18,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import perp_kernels as pk
 from perp import adapter_files
 from perp import manifest as manifests
+from perp import masks as mask_files
 from perp import packed as packed_files
 from perp.adapter_files import ADAPTER
 from perp.adapters import Adapter
 from perp.blocks import find_blocks, prunable
 from perp.errors import UserError
 from perp.experts import linears
+from perp.files import flush
 from perp.linear import SparseLinear
-from perp.models import check_finite, quiet
+from perp.lock import LOCK
+from perp.models import check_finite, quiet, save_weights
 
 STAGING, UNFINISHED = Path("perp", "staging"), Path("perp", "unfinished")
 MASKS = Path("perp", "masks.safetensors")
 PACKED = packed_files.PACKED
-# One metadata entry, since safetensors writes several in no fixed order and equal masks are to be equal files.
-MASK_FORMAT, MASK_VERSION = "perp-masks", 1
 
 # Top-level files of a model that loaders look for: what --overwrite takes away, even where the new model has none.
 _MODEL_FILES = (
@@ -116,40 +110,45 @@ def save(
     out = Path(out)
     check_output(out, overwrite, size(model, packed))
     _check_model(model, masks, manifest)
-    with _staging(out) as staging:
+    with staged(out) as staging:
         new = staging / "new"
         (new / MASKS).parent.mkdir(parents=True)
         _write_model(model, tokenizer, new)
-        write_masks(masks, new / MASKS)
+        mask_files.write(masks, new / MASKS)
         if packed:
             _write_packed(model, masks, new / PACKED)
         if adapters:
             adapter_files.write(adapters, new / ADAPTER)
         manifests.write(manifest, new / manifests.NAME)
-        # safetensors makes its files readable by their owner alone, whatever the umask says.
-        ordinary = (new / manifests.NAME).stat().st_mode
-        for path in new.rglob("*"):
-            if path.is_file():
-                path.chmod(ordinary)
-            _flush(path)
-        _move_into_place(new, staging / "old", out, [*_model_files(out), out / PACKED, *(out / ADAPTER).glob("*")])
+        finish(new, staging / "old", out)
+
+
+def finish(new: Path, old: Path, out: Path) -> None:
+    """Have all that is staged on the disk, and in place."""
+    # safetensors makes its files readable by their owner alone, whatever the umask says.
+    ordinary = (new / manifests.NAME).stat().st_mode
+    for path in new.rglob("*"):
+        if path.is_file():
+            path.chmod(ordinary)
+        flush(path)
+    _move_into_place(new, old, out, [*_model_files(out), out / PACKED, *(out / ADAPTER).glob("*")])
 
 
 def add_packed(model: nn.Module, directory: str | Path, masks: Mapping[str, Tensor]) -> None:
     """Write the packed file of the pruned model in `directory`, loaded as `model`, all of it or nothing."""
     directory = Path(directory)
     check_output(directory, overwrite=True, needed=size(model))
-    _check_zeros(model, masks)
-    with _staging(directory) as staging:
+    check_zeros(model, masks)
+    with staged(directory) as staging:
         new = staging / "new"
         (new / PACKED).parent.mkdir(parents=True)
         _write_packed(model, masks, new / PACKED)
-        _flush(new / PACKED)
+        flush(new / PACKED)
         _move_into_place(new, staging / "old", directory)
 
 
 @contextmanager
-def _staging(out: Path) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """A place in `out` to write into, gone at the end; UserError for what the disk refuses, and `out` is as it was."""
     created = [path for path in (out / "perp", out, *out.absolute().parents) if not path.exists()]
     staging = out / STAGING
@@ -172,27 +171,7 @@ def load_masks(directory: str | Path) -> dict[str, Tensor]:
     path = Path(directory) / MASKS
     if not path.is_file():
         raise UserError(f"{directory} has no {MASKS}; for a model pruned elsewhere take its masks from its zeros.")
-    return read_masks(path)
-
-
-def read_masks(path: Path) -> dict[str, Tensor]:
-    """The masks of the file that `write_masks` wrote."""
-    masks = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(MASK_FORMAT, "{}"))
-            if about.get("version") != MASK_VERSION:
-                raise UserError(f"{path} is not a mask file of version {MASK_VERSION}; save the model again.")
-            for name, columns in about["columns"].items():
-                bits = file.get_tensor(name)
-                if bits.dtype != torch.uint8 or bits.ndim != 2 or bits.shape[1] != -(-columns // 8):
-                    raise ValueError(f"{name} is not packed for {columns} columns")
-                mask = pk.unpack_bits(bits, columns)
-                experts = about.get("experts", {}).get(name)
-                masks[name.removesuffix(".weight")] = mask.view(experts, -1, columns) if experts else mask
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}); save the model again.") from error
-    return masks
+    return mask_files.read(path)
 
 
 def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
@@ -211,7 +190,7 @@ def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
 def _is_empty(out: Path) -> bool:
     entries = {entry.name for entry in out.iterdir()}
     if entries == {"perp"}:
-        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name, UNFINISHED.name}
+        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name, UNFINISHED.name, LOCK.name}
     # A save killed while moving its files has moved every one of them but config.json.
     unfinished = (out / STAGING).exists() and not (out / "config.json").exists()
     return not entries or (unfinished and entries <= {"perp", *(file.name for file in _model_files(out))})
@@ -227,16 +206,20 @@ def _check_model(model: nn.Module, masks: Mapping[str, Tensor], manifest: Mappin
         if isinstance(module, SparseLinear):
             raise UserError(f"{name} is still a SparseLinear; merge adapters and unswap before saving.")
     check_finite(model, "the model to save")
+    check_counts(masks, manifest)
+    check_zeros(model, masks)
+
+
+def check_counts(masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     counts = manifests.check(manifest, "the manifest")["sparsity"]
     if set(counts) != set(masks):
         raise UserError("the manifest counts other layers than the masks; build it from the masks that are saved.")
-    _check_zeros(model, masks)
     for name, mask in masks.items():
         if counts[name] != {"pruned": int((~mask).sum()), "total": mask.numel()}:
             raise UserError(f"the manifest counts {name} otherwise than its mask; build it from the masks saved.")
 
 
-def _check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     modules = dict(model.named_modules())
     fused = {name: linear for name, linear in linears(model).items() if name not in modules}
     for name, mask in masks.items():
@@ -249,33 +232,18 @@ def _check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        try:
-            generation.validate(strict=True)
-        except ValueError:
-            # Older checkpoints give sampling parameters without saying that they sample, which no longer saves.
-            generation.do_sample = True
+    save_weights(model, directory)
+    write_tokenizer(tokenizer, directory)
+
+
+def write_tokenizer(tokenizer: Any, directory: Path) -> None:
     with quiet():
-        model.save_pretrained(directory)
         try:
             tokenizer.save_pretrained(directory)
         except Exception as error:
             if type(error) is Exception:  # what the tokenizers' own code raises when a write fails
                 raise OSError(str(error)) from error
             raise
-
-
-def write_masks(masks: Mapping[str, Tensor], path: Path) -> None:
-    """Write the masks, qualified layer name -> bool [N, K] or [E, N, K], as packed bits into the file `path`."""
-    bits = {f"{name}.weight": pk.pack_bits(mask.flatten(0, -2)).cpu() for name, mask in masks.items()}
-    about: dict[str, Any] = {
-        "version": MASK_VERSION,
-        "columns": {f"{name}.weight": mask.shape[-1] for name, mask in masks.items()},
-    }
-    if experts := {f"{name}.weight": len(mask) for name, mask in masks.items() if mask.ndim == 3}:
-        about["experts"] = experts
-    save_file(bits, path, metadata={MASK_FORMAT: json.dumps(about)})
 
 
 def _write_packed(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> None:
@@ -285,15 +253,6 @@ def _write_packed(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> 
     # Fused experts stay in the model's own files: load_packed puts a layer where an nn.Linear was.
     names = [name for name, mask in masks.items() if mask.ndim == 2]
     packed_files.write(path, names, weight, lambda name: masks[name].to(weight(name).device))
-
-
-def _flush(path: Path) -> None:
-    """Have a file, or a directory's list of names, on the disk: a full one may say so only now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _move_into_place(new: Path, old: Path, out: Path, former: Iterable[Path] = ()) -> None:
@@ -316,7 +275,7 @@ def _move_into_place(new: Path, old: Path, out: Path, former: Iterable[Path] = (
         for name in sorted(incoming, key=lambda file: file.name == "config.json"):
             move(new / name, out / name)
         for directory in {target.parent for _, target in moves}:
-            _flush(directory)
+            flush(directory)
     except BaseException:
         for source, target in reversed(moves):
             if not source.exists():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perp import allocate as allocation
 from perp.errors import UserError
@@ -39,15 +39,17 @@ class Choice:
     """What prunes the linears of one model, and what it has given so far.
 
     `needs`: the statistics that it reads. `held_out`: the calibration windows that refinement keeps to watch itself by.
-    `masks`: by qualified name of the linear, on the CPU. `refined`: what refining did, by name. `unread`: linears that
-    the calibration text never reached, pruned by magnitude.
+    `masks`, which it fills: by qualified name of the linear, on the CPU. `refined`: what refining did, by name.
+    `unread`: linears that the calibration text never reached, pruned by magnitude.
     """
 
-    def __init__(self, pruner: Pruner, refine: RefineSettings | None, refit: bool) -> None:
+    def __init__(
+        self, pruner: Pruner, refine: RefineSettings | None, refit: bool, masks: MutableMapping[str, Tensor]
+    ) -> None:
         self.pruner, self.refine, self.refit = pruner, refine, refit
         self.needs: Kind | None = "gram" if refine or refit else pruner.NEEDS
         self.held_out: Collection[int] = ()
-        self.masks: dict[str, Tensor] = {}
+        self.masks = masks
         self.refined: dict[str, Refined] = {}
         self.unread: list[str] = []
 
@@ -71,7 +73,11 @@ class Choice:
             new, mask = magnitude.prune(weight, None, pattern)
         else:
             new, mask = self._choose(name, weight, read, pattern)
-        weight.copy_(new)
+        if isinstance(weight, nn.Parameter):
+            # Not copied into the old one, which may be mapped from a file and would stay in memory for the copy.
+            weight.data = new
+        else:
+            weight.copy_(new)
         return mask.cpu()
 
     def _choose(self, name: str, dense: Tensor, read: Statistics | None, pattern: Pattern) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perp.blocks import to_store
+from perp.activations import to_memory
 from perp.errors import UserError
 from perp.loss import Head, PartLoss
 from perp.progress import Progress, Silent
@@ -51,7 +51,7 @@ class Teacher:
         chosen = sorted(set(range(len(windows)) if numbers is None else numbers))
         progress.stage("dense model's states", len(chosen))
         for number in chosen:
-            self.states[number] = to_store(head.states(windows[number][None].to(dense.device)))
+            self.states[number] = to_memory(head.states(windows[number][None].to(dense.device)))
             progress.unit(f"window {number}")
         progress.done()
 

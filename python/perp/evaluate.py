@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +20,17 @@ PARTS = ("test", "validation", "train", "all")
 
 
 @torch.no_grad()
-def perplexity(model: torch.nn.Module, windows: torch.Tensor, progress: Progress | None = None) -> float:
+def perplexity(
+    model: torch.nn.Module,
+    windows: torch.Tensor,
+    progress: Progress | None = None,
+    reading: Callable[[int], AbstractContextManager[None]] | None = None,
+) -> float:
     """exp of the mean loss over the non-overlapping `windows`, int64 [n, T]; each gives T - 1 targets, no BOS is added.
 
     Log-probabilities are taken in fp32, chunk by chunk, so that the logits of a whole window are never held at once.
-    Raises UserError where the model gives NaN or infinite logits.
+    `reading` is entered for each window, by its number, while the model computes on it. Raises UserError where the
+    model gives NaN or infinite logits.
     """
     progress = progress or Silent()
     if windows.shape[0] == 0 or windows.shape[1] < 2:
@@ -33,7 +40,8 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor, progress: Progress
     model.eval()
     head, total = Head(model), 0.0
     for number, window in enumerate(windows.to(device), start=1):
-        loss = sum(loss.item() for loss in _losses(head, window))
+        with reading(number - 1) if reading else nullcontext():
+            loss = sum(loss.item() for loss in _losses(head, window))
         if not math.isfinite(loss):
             raise UserError(
                 f"the model's output on window {number} of {len(windows)} is NaN or infinite: "

@@ -12,11 +12,12 @@ hand there is one store of activations; with sparse inputs and the dense model's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 from typing import Any
 
 from torch import Tensor
 
+from perp.activations import InMemory, fill
 from perp.blocks import outputs
 from perp.errors import UserError
 
@@ -34,13 +35,20 @@ def check(inputs: str, targets: str) -> None:
 class Flow:
     """`hidden`: what the next unit reads, [1, T, H] per window. `dense`: the dense model's there, if it is another."""
 
-    def __init__(self, hidden: list[Tensor], inputs: str = "sparse", targets: str = "dense-weights") -> None:
+    def __init__(
+        self,
+        hidden: MutableSequence[Tensor],
+        inputs: str = "sparse",
+        targets: str = "dense-weights",
+        states: Callable[[], MutableSequence[Tensor]] = InMemory,
+    ) -> None:
+        """`states` makes an empty sequence for the hidden states of all windows."""
         self.hidden = hidden
         self.dense_inputs = inputs == "dense"
-        self.dense = list(hidden) if targets == "dense-model" and not self.dense_inputs else None
+        self.dense = fill(states(), hidden) if targets == "dense-model" and not self.dense_inputs else None
 
     @property
-    def taught(self) -> list[Tensor]:
+    def taught(self) -> MutableSequence[Tensor]:
         """What targets are computed from, by dense weights."""
         return self.hidden if self.dense is None else self.dense
 
@@ -49,7 +57,9 @@ class Flow:
         """Whether the next unit needs the targets of this one, rather than its outputs in their place."""
         return self.dense_inputs or self.dense is not None
 
-    def follow(self, unit: Callable[..., Tensor], targets: list[Tensor], arguments: Callable[..., Any]) -> None:
+    def follow(
+        self, unit: Callable[..., Tensor], targets: MutableSequence[Tensor], arguments: Callable[..., Any]
+    ) -> None:
         """Go on to behind `unit`, which has been fitted to `targets` (or replaced them by what it gives)."""
         if self.dense is None:
             self.hidden[:] = targets
@@ -58,7 +68,7 @@ class Flow:
             run(unit, self.hidden, arguments)
 
 
-def run(unit: Callable[..., Tensor], hidden: list[Tensor], arguments: Callable[..., Any]) -> None:
+def run(unit: Callable[..., Tensor], hidden: MutableSequence[Tensor], arguments: Callable[..., Any]) -> None:
     """Replace each window's hidden state by what `unit` makes of it."""
     for window, output in enumerate(outputs(unit, hidden, arguments)):
         hidden[window] = output

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import re
 import resource
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -12,6 +15,9 @@ import psutil
 from perp.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+# M_MMAP_THRESHOLD of mallopt(3). Setting it also ends its adjustment.
+_MMAP_THRESHOLD = -3
 
 _STATUS = Path("/proc/self/status")
 
@@ -49,6 +55,73 @@ def check_dtype(name: str | None) -> None:
     """Refuse a dtype that models are not computed in; None is the checkpoint's own."""
     if name not in (None, *DTYPES):
         raise UserError(f"{name!r} is not a dtype to compute in; choose one of {', '.join(DTYPES)}.")
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes of such as "20GB" or "16 GiB"; a number alone is GB."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise UserError(f"{text!r} is not a size of memory; write it as 20GB or 16GiB.")
+    power = " kmgt".index(found[2].lower() or ("g" if text.strip()[-1:].lower() != "b" else " "))
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def told(size: int) -> str:
+    """Bytes as people write them; nothing for none."""
+    return f"{size / 1e9:.3g} GB" if size else ""
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take without driving others out: free ones, and those of caches."""
+    limit = _limit()
+    free = psutil.virtual_memory().available
+    return free if limit is None else min(free, limit)
+
+
+def _limit() -> int | None:
+    """Bytes left to the control group of this process, None where it has no limit."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        group = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        place = Path("/sys/fs/cgroup", group[3:].lstrip("/"))
+        used = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        return int((place / "memory.max").read_text()) - int(used["anon"])
+    return None
+
+
+def give_back_memory() -> None:
+    """Have large blocks of memory go back to the system as soon as they are freed, where the C library is glibc.
+
+    It takes blocks from the heap once some of their size have been freed, up to 32 MB, and a heap with holes does not
+    shrink: fitting one unit of a 1.1B model left 760 MB where 520 MB were the most in use.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class AnonymousPeak:
+    """The highest RssAnon of this process while the block runs, in bytes; looked at 50 times a second."""
+
+    def __init__(self, interval: float = 0.02) -> None:
+        self._interval = interval
+        self._ended = threading.Event()
+        self.most = 0
+
+    def __enter__(self) -> AnonymousPeak:
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            self.most = max(self.most, resident_parts()[0])
+            self._ended.wait(self._interval)
 
 
 def resident() -> float:

@@ -54,7 +54,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of the model `name`."""
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(_source(name), trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(source(name), trust_remote_code=trust_remote_code)
         except Exception as error:  # each tokenizer fails in its own way; the remedy is one
             raise UserError(f"{name} has no usable tokenizer; put the model's tokenizer files beside it.") from error
 
@@ -64,7 +64,7 @@ def load_weights(name: str, kind: Any, dtype: torch.dtype | str | None, trust_re
     with quiet():
         try:
             model, report = kind.from_pretrained(
-                _source(name),
+                source(name),
                 dtype=dtype or "auto",
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
@@ -78,37 +78,55 @@ def load_weights(name: str, kind: Any, dtype: torch.dtype | str | None, trust_re
     return model.eval()
 
 
-def check_model(name: str, trust_remote_code: bool = False) -> None:
-    """Refuse, by files and configuration alone, a model that cannot work: UserError, one sentence."""
-    source = _source(name)
-    path = Path(source)
+def check_model(name: str, trust_remote_code: bool = False, weights: bool = True) -> None:
+    """Refuse, by files and configuration alone, a model that cannot work: UserError, one sentence.
+
+    Without `weights` only the configuration is looked at.
+    """
+    place = source(name)
+    path = Path(place)
     if path.is_dir():
-        _check_directory(path)
+        _check_directory(path, weights)
     elif path.exists():
         raise UserError(f"{name} is a file; give the directory that holds config.json and the weights.")
     else:
         try:
-            validate_repo_id(source)
+            validate_repo_id(place)
         except HFValidationError as error:
             raise UserError(f"there is no directory {name}; give a model directory or a hub id.") from error
-    _check_settings(name, _settings(name, source), trust_remote_code)
+    _check_settings(name, _settings(name, place), trust_remote_code)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except Exception as error:  # each configuration class validates in its own way
         raise UserError(f"the config.json of {name} is not usable ({_brief(error)}).") from error
     _check_architecture(name, config)
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """UserError naming the first parameter of `model` that holds NaN or an infinity."""
+    """UserError naming the first parameter of `model` that holds NaN or an infinity; those without data pass."""
     for tensor, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.numel():
+            continue
         low, high = parameter.detach().aminmax()
         if not (low.isfinite() and high.isfinite()):
             raise UserError(
                 f"{tensor} of {name} holds NaN or infinite values as {parameter.dtype}; "
                 "use an undamaged checkpoint or a wider dtype."
             )
+
+
+def save_weights(model: Any, directory: Path, **options: Any) -> None:
+    """The model's configuration and weights into `directory`, as its own `save_pretrained` writes them."""
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            # Older checkpoints give sampling parameters without saying that they sample, which no longer saves.
+            generation.do_sample = True
+    with quiet():
+        model.save_pretrained(directory, **options)
 
 
 @contextmanager
@@ -130,7 +148,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
     """What transformers is to load: a path or a hub id."""
     if name == "demo":
         from perp import demo
@@ -140,9 +158,11 @@ def _source(name: str) -> str:
     return str(path) if path.exists() else name
 
 
-def _check_directory(path: Path) -> None:
+def _check_directory(path: Path, weights: bool) -> None:
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json; give a Hugging Face model directory.")
+    if not weights:
+        return
     if (path / INDEX).is_file():
         try:
             shards = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -207,18 +227,30 @@ def _check_architecture(name: str, config: Any) -> None:
         raise UserError(f"{name} was saved as {saved_as[0]}, without the head that generates text; {wanted}")
 
 
+def causal_probe(vocabulary: int) -> torch.Tensor:
+    """Two sequences that differ in their last token, int64 [2, T]."""
+    ids = torch.arange(8) % vocabulary
+    changed = ids.clone()
+    changed[-1] = (ids[-1] + 1) % vocabulary
+    return torch.stack([ids, changed])
+
+
 @torch.no_grad()
 def _check_causal(model: Any, name: str) -> None:
-    """In a decoder a later token does not move the logits of earlier positions, whatever the family is called."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(8, device=model.device)[None] % vocabulary
-    changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % vocabulary
-    before, after = (model(input_ids=tokens, use_cache=False).logits[0, :-1].float() for tokens in (ids, changed))
+    probe = causal_probe(model.config.get_text_config().vocab_size).to(model.device)
+    before, after = (model(input_ids=ids[None], use_cache=False).logits[0, :-1].float() for ids in probe)
+    check_logits(before, after, model.dtype, name)
+
+
+def check_logits(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    """In a decoder a later token does not move the logits of earlier positions, whatever the family is called.
+
+    `before`, `after`: fp32 logits of all but the last token of `causal_probe`. UserError where that is not so.
+    """
     if not before.isfinite().all():
-        raise UserError(f"{name} gives NaN or infinite logits as {model.dtype}; use a wider dtype.")
+        raise UserError(f"{name} gives NaN or infinite logits as {dtype}; use a wider dtype.")
     # Nothing but rounding may move them, and that only where experts see batches of another size.
-    if (before - after).abs().max() > 8 * torch.finfo(model.dtype).eps * before.abs().max():
+    if (before - after).abs().max() > 8 * torch.finfo(dtype).eps * before.abs().max():
         raise UserError(f"{name} lets later tokens change earlier predictions; give a decoder-only language model.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from perp import allocate as allocation
 from perp import pruners
-from perp.blocks import Arguments, ArgumentsOf, Calls, all_prunable, find_blocks, outputs, prunable, run_block, to_store
+from perp.activations import fill
+from perp.blocks import Arguments, ArgumentsOf, Calls, all_prunable, find_blocks, outputs, prunable, run_block
 from perp.choice import Choice, check
 from perp.errors import UserError
 from perp.experts import opened, routers
@@ -29,6 +30,7 @@ from perp.progress import Progress, Silent
 from perp.reconstruct import Losses, ReconstructSettings
 from perp.reconstruct import reconstruct as fit
 from perp.refine import Refined, RefineSettings
+from perp.residence import Residence, Resident
 from perp.spans import Matrix, Span, matrices, spans
 from perp.statistics import Statistics, collect
 from perp.units import Unit, units
@@ -44,7 +46,7 @@ class Pruned:
     did to its error on the windows held out; its mask is in `masks`. `shares`: of zeros, by block, where they differ.
     """
 
-    masks: dict[str, Tensor]
+    masks: Mapping[str, Tensor]
     losses: dict[str, Losses]
     seconds: float
     refined: dict[str, Refined] = field(default_factory=dict)
@@ -60,6 +62,7 @@ def prune_model(
     reconstruct: ReconstructSettings | None = None,
     granularity: str | int | Granularity = "half-block",
     progress: Progress | None = None,
+    residence: Residence | None = None,
     *,
     refine: RefineSettings | None = None,
     refit: bool = False,
@@ -76,15 +79,22 @@ def prune_model(
 
     Each block is fed by the pruned blocks before it, unless the settings ask for dense inputs. One pass with its dense
     weights gives the statistics of all its linears; then each unit in turn is pruned and, with `reconstruct`, fitted to
-    its target. The model is put in eval mode. What can be refused is refused before any weight changes: UserError, or
-    PatternError for a layer whose inputs do not divide by M.
+    its target. `residence`: where blocks and activations are, for those not in memory; units that it has from an
+    earlier run are not computed again, and a unit is a block or half of one. The model is put in eval mode. What can be
+    refused is refused before any weight changes: UserError, or PatternError for a layer whose inputs do not divide by
+    M.
     """
     started = time.monotonic()
     pruner, pattern = pruners.resolve(method, pattern)
     size = Granularity.parse(granularity) if reconstruct else Granularity("block")
     check(method, pattern, refine, refit, allocate)
-    choice = Choice(pruner, refine, refit)
-    progress = progress or Silent()
+    residence, progress = residence or Resident(), progress or Silent()
+    streamed = not isinstance(residence, Resident)
+    if streamed and size.name not in ("block", "half-block"):
+        raise UserError(f"a streamed model cannot be reconstructed by {size}; choose block or half-block.")
+    if streamed and allocate == "owl":
+        raise UserError("owl compares all blocks before it prunes one, and a streamed model has one; choose uniform.")
+    choice = Choice(pruner, refine, refit, residence.masks)
     with opened(model.eval()):
         _check(model, pattern, reconstruct, size)
         patterns, calls = [pattern] * len(find_blocks(model)[1]), None
@@ -94,8 +104,8 @@ def prune_model(
             choice.held_out = refine.windows(len(windows)) if refine else ()
             if allocate == "owl":
                 patterns = allocation.owl(model, windows, pattern, progress)
-            calls = Calls(model, windows)
-        job = _Job(choice, patterns, reconstruct, calls)
+            calls = residence.calls(model, windows)
+        job = _Job(choice, patterns, reconstruct, calls, residence)
         job.run(model, windows, size, progress)
     choice.report(method)
     shares = [float(pattern.sparsity) for pattern in patterns] if allocate == "owl" else []
@@ -134,11 +144,18 @@ class _Job:
     """One run of `prune_model`: the method, and what it has given so far."""
 
     def __init__(
-        self, choice: Choice, patterns: Sequence[Pattern], settings: ReconstructSettings | None, calls: Calls | None
+        self,
+        choice: Choice,
+        patterns: Sequence[Pattern],
+        settings: ReconstructSettings | None,
+        calls: Calls | None,
+        residence: Residence,
     ) -> None:
         self.choice, self.patterns, self.settings, self.calls = choice, patterns, settings, calls
         self.pattern = patterns[0]
-        self.flow = Flow(calls.hidden if calls else [], *((settings.inputs, settings.targets) if settings else ()))
+        self.residence = residence
+        how = {"inputs": settings.inputs, "targets": settings.targets} if settings else {}
+        self.flow = Flow(calls.hidden if calls else [], states=residence.states, **how)
         self.losses: dict[str, Losses] = {}
 
     def run(self, model: PreTrainedModel, windows: Tensor | None, size: Granularity, progress: Progress) -> None:
@@ -152,42 +169,65 @@ class _Job:
                     progress.unit(f"{prefix}.{index}", **self.figures([span]))
             progress.done()
             return
-        for index, parts in units(model, windows, "half-block" if size.name == "half-block" else "block"):
+        unit = "half-block" if size.name == "half-block" else "block"
+        for index, parts in units(model, windows, unit, self.calls, self.residence.enter):
             last, self.pattern = index + 1 == len(blocks), self.patterns[index]
             if self.calls is None:
-                self.choice.prune(parts[0], {}, self.pattern)
+                for one in parts:
+                    if not self.residence.has(one):
+                        self.choice.prune(one, {}, self.pattern)
             elif size.name == "matrix":
                 alone = matrices(parts[0])
                 self.matrices(alone, partial(self.calls.arguments, index), last)
                 parts = [*alone]
             else:
                 self.block(parts, partial(self.calls.arguments, index), last)
+            self.residence.leave(index, parts, self.losses)
             progress.unit(f"{prefix}.{index}", **self.figures(parts))
         progress.done()
 
     def block(self, parts: Sequence[Unit], arguments: ArgumentsOf, last: bool) -> None:
         """Prune (and reconstruct) the units of a block; unless it is the `last`, the flow goes on behind it."""
         flow, whole = self.flow, partial(run_block, parts[0].block)
+        # Asked before any of them is restored, since the others are observed in the dense block.
+        known = {unit.name for unit in parts if self.residence.has(unit)}
         if not self.settings:
-            self.choice.prune(parts[0], self._statistics(parts, arguments), self.pattern)
+            if known:
+                self.residence.restore(parts[0])
+            else:
+                self.choice.prune(parts[0], self._statistics(parts, arguments), self.pattern)
             if not last:
                 run(whole, flow.hidden, arguments)
             return
         # Units that follow each other end with the block; parallel ones have to be put together by the block itself.
         chained = parts[-1].end is None
-        joined = flow.keeps_targets and not chained and not last
-        after = list(outputs(whole, flow.taught, arguments)) if joined else None
-        statistics, targets = self._observe(parts, arguments)
+        after = self._states(outputs(whole, flow.taught, arguments)) if flow.keeps_targets and not chained else None
+        taught = [unit for unit in parts if flow.keeps_targets or unit.name not in known]
+        statistics, targets = self._observe(taught, arguments) if taught else ({}, {})
         for unit in parts:
-            if unit.follows:
-                targets[unit.name] = list(outputs(unit, flow.taught, arguments))
-            self.choice.prune(unit, statistics, self.pattern)
-            given = targets.pop(unit.name)
-            self.fit(unit, flow.hidden, given, arguments)
+            if unit.follows and unit in taught:
+                targets[unit.name] = self._states(outputs(unit, flow.taught, arguments))
+            if unit.name in known:
+                self._restore(unit)
+                given = targets.pop(unit.name, None) or self._states(outputs(unit, flow.hidden, arguments))
+            else:
+                self.choice.prune(unit, statistics, self.pattern)
+                given = targets.pop(unit.name)
+                self.fit(unit, flow.hidden, given, arguments)
+                if unit is not parts[-1]:  # which is kept with the block
+                    self.residence.keep(unit, self.losses.get(unit.name))
             if chained and not (last and unit is parts[-1]):
                 flow.follow(unit, given, arguments)
         if not chained and not last:
             self._join(whole, after, arguments)
+
+    def _restore(self, unit: Unit) -> None:
+        if losses := self.residence.restore(unit):
+            self.losses[unit.name] = losses
+
+    def _states(self, given: Iterable[Tensor]) -> MutableSequence[Tensor]:
+        """These activations, put where activations are kept."""
+        return fill(self.residence.states(), given)
 
     def matrices(self, parts: Sequence[Matrix], arguments: ArgumentsOf, last: bool) -> None:
         """Prune the linears of a block and fit each to its own output, in order."""
@@ -230,13 +270,21 @@ class _Job:
         if not last:
             flow.follow(span, targets, arguments)
 
-    def fit(self, unit: Unit, inputs: list[Tensor], targets: list[Tensor], arguments: Callable[..., Any]) -> None:
+    def fit(
+        self,
+        unit: Unit,
+        inputs: Sequence[Tensor],
+        targets: MutableSequence[Tensor],
+        arguments: Callable[..., Any],
+    ) -> None:
         """Fit a pruned unit, if it has anything pruned."""
         if unit.linear_names and self.settings:
             keep = self.flow.keeps_targets
             self.losses[unit.name] = fit(unit, self.choice.masks, inputs, targets, arguments, self.settings, keep)
 
-    def _join(self, block: Callable[..., Tensor], after: list[Tensor] | None, arguments: ArgumentsOf) -> None:
+    def _join(
+        self, block: Callable[..., Tensor], after: MutableSequence[Tensor] | None, arguments: ArgumentsOf
+    ) -> None:
         """Go on behind a block whose units do not follow each other; `after`: what it gave when it was dense."""
         if self.flow.dense_inputs:
             self.flow.hidden[:] = after or []
@@ -246,7 +294,7 @@ class _Job:
         run(block, self.flow.hidden, arguments)
 
     def _statistics(
-        self, parts: Sequence[Unit], arguments: ArgumentsOf, hidden: list[Tensor] | None = None
+        self, parts: Sequence[Unit], arguments: ArgumentsOf, hidden: Sequence[Tensor] | None = None
     ) -> dict[str, Statistics]:
         """What the linears of a block read, from its dense weights on `hidden` (the flow's)."""
         choice, block = self.choice, parts[0].block
@@ -257,7 +305,7 @@ class _Job:
 
     def _observe(
         self, parts: Sequence[Unit], arguments: ArgumentsOf
-    ) -> tuple[dict[str, Statistics], dict[str, list[Tensor]]]:
+    ) -> tuple[dict[str, Statistics], dict[str, MutableSequence[Tensor]]]:
         """From the dense block: its linears' statistics, and the targets of the units that read the block's input.
 
         One pass gives both where both are of the same inputs. The targets of parallel branches have to be taken before
@@ -265,9 +313,9 @@ class _Job:
         """
         first = [unit for unit in parts if not unit.follows]
         if self.choice.needs is None or self.flow.dense is not None:
-            targets = {unit.name: list(outputs(unit, self.flow.taught, arguments)) for unit in first}
+            targets = {unit.name: self._states(outputs(unit, self.flow.taught, arguments)) for unit in first}
             return self._statistics(parts, arguments), targets
-        targets = {unit.name: [] for unit in first}
+        targets = {unit.name: self.residence.states() for unit in first}
         with ExitStack() as taps:
             for unit in first:
                 taps.enter_context(unit.tapped(partial(_keep, targets[unit.name]), self.flow.hidden[0].shape))
@@ -284,6 +332,6 @@ class _Job:
         return {"before": before, "after": after}
 
 
-def _keep(targets: list[Tensor], output: Tensor) -> None:
+def _keep(targets: MutableSequence[Tensor], output: Tensor) -> None:
     # A copy, since the block goes on and may write its later results into the same memory.
-    targets.append(to_store(output.clone()))
+    targets.append(output.clone())

@@ -7,7 +7,7 @@ attention and MLP with all kept weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from perp.modes import MODES
 from perp.optim import AdamW
 from perp.unit_loss import LOSSES, Error
 from perp.units import Unit
+from perp_kernels import SparseWeight
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def reconstruct(
     unit: Unit,
     masks: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
-    targets: list[Tensor],
+    targets: MutableSequence[Tensor],
     arguments: Callable[[Sequence[int]], Any],
     settings: ReconstructSettings,
     keep_targets: bool = False,
@@ -98,7 +99,6 @@ def reconstruct(
     next unit reads, so that no third copy of the activations is ever alive. UserError where the unit's output is NaN or
     infinite to begin with.
     """
-    begun = {name: weight.detach().clone() for name, weight in _weights(unit).items()}
     error = LOSSES[settings.loss]
     before = _measure(unit, inputs, targets, arguments, error)
     if not math.isfinite(before):
@@ -106,6 +106,7 @@ def reconstruct(
     unmerged = None
     mode = parts.adapter_mode(settings.parts)
     with _prepared(unit, masks, settings) as parameters:
+        packed, others = _begun(unit)
         diverged = bool(parameters) and not _train(unit, parameters, inputs, targets, arguments, settings)
         if mode and not MODES[mode].exact and not diverged:
             unmerged = _measure(unit, inputs, targets, arguments, error)
@@ -113,9 +114,10 @@ def reconstruct(
     after = math.nan if diverged else _measure(unit, inputs, targets, arguments, error, overwrite)
     if after <= before:
         return Losses(before, after, unmerged=unmerged)
-    with torch.no_grad():
-        for name, weight in _weights(unit).items():
-            weight.copy_(begun[name])
+    for name, weight in packed.items():
+        unit.linears[name].weight.data = weight.unpack()
+    for parameter, value in others:
+        parameter.data = value
     for window, output in enumerate(outputs(unit, inputs, arguments) if overwrite else ()):
         targets[window] = output
     return Losses(before, before, restored=True, unmerged=unmerged)
@@ -126,9 +128,11 @@ def _prepared(unit: Unit, masks: Mapping[str, Tensor], settings: ReconstructSett
     """The unit's linears as SparseLinear and, of the whole block, only the chosen parameters (yielded) trainable."""
     block = unit.block
     flags = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
-    swap_linears(block, {name: masks[f"{unit.prefix}.{name}"] for name in unit.linear_names})
+    mode = parts.adapter_mode(settings.parts)
+    # Packed, so that gradients, moments and what an undone fit goes back to are of the kept weights alone.
+    layout = "dense" if mode else "bitmap"
+    swap_linears(block, {name: masks[f"{unit.prefix}.{name}"] for name in unit.linear_names}, layout)
     try:
-        mode = parts.adapter_mode(settings.parts)
         if mode and unit.linear_names:
             attach(block, mode, settings.r, settings.alpha, settings.seed)
         parameters = parts.trainable([*unit.linears.values(), *unit.norms.values()], settings.parts)
@@ -174,7 +178,7 @@ def _train(
 def _measure(
     unit: Unit,
     inputs: Sequence[Tensor],
-    targets: list[Tensor],
+    targets: MutableSequence[Tensor],
     arguments: Callable[[Sequence[int]], Any],
     error: Error,
     overwrite: bool = False,
@@ -188,6 +192,14 @@ def _measure(
     return total / len(inputs)
 
 
-def _weights(unit: Unit) -> dict[str, nn.Parameter]:
-    modules = {**unit.linears, **unit.norms}
-    return {f"{name}.{own}": weight for name, module in modules.items() for own, weight in module.named_parameters()}
+def _begun(unit: Unit) -> tuple[dict[str, SparseWeight], list[tuple[nn.Parameter, Tensor]]]:
+    """Copies of the kept weights of the unit's SparseLinears, by name, and of its norms' and biases' parameters."""
+    packed, others = {}, []
+    for name, layer in unit.linears.items():
+        packed[name] = layer.sparse_weight
+        packed[name].values = layer.values.detach().clone()
+        if layer.bias is not None:
+            others.append((layer.bias, layer.bias.detach().clone()))
+    for norm in unit.norms.values():
+        others += [(parameter, parameter.detach().clone()) for parameter in norm.parameters()]
+    return packed, others

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perp import checkpoints, data, machine, manifest, models, report, settings
+from perp import checkpoints, data, machine, manifest, models, record, report, settings
 from perp.adapters import Adapter, attach, detach, merge
 from perp.blocks import all_prunable, find_blocks
 from perp.distil import Teacher
@@ -24,8 +25,11 @@ from perp.errors import UserError
 from perp.evaluate import perplexity, window_length
 from perp.iterate import divided, prune_retrain, schedule
 from perp.linear import SparseLinear, swap_linears, unswap
+from perp.lock import locked
 from perp.modes import MODES
 from perp.parts import adapter_mode, count_trainable, select_trainable
+from perp.plan import Plan
+from perp.planning import plan_job, told
 from perp.progress import Progress, Silent
 from perp.prune import Pruned, prune_model
 from perp.reconstruct import ReconstructSettings
@@ -34,6 +38,8 @@ from perp.retrain import RetrainSettings, drawn, retrain
 from perp.settings import RunSettings
 from perp.stages import Stages
 from perp_kernels import Pattern
+
+logger = logging.getLogger("perp")
 
 
 @dataclass
@@ -52,17 +58,45 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
     # The packaged text has a second one to be judged on, of another kind.
     eval_data = job.eval_data or (("demo:sotu",) if job.data == "demo" else ())
     job = replace(job, device=machine.find_device(job.device), eval_data=eval_data)
-    return _Job(job, pattern, _read(job), progress or Silent()).run(dense)
+    with locked(job.out):
+        planned = plan_job(job)
+        if job.stream is not False and not planned.fits:
+            raise UserError(f"{job.model} does not fit on this machine so; {planned.advice}, or see perp plan.")
+        texts, plan = _read(job), planned.plan
+        if plan.stream:
+            machine.give_back_memory()
+        before, started = machine.resident_parts()[0], time.monotonic()
+        with machine.AnonymousPeak() as taken:
+            found = _kind(job, plan)(job, pattern, texts, progress or Silent(), plan).run(dense)
+        used = round(machine.peak(job.device or "cpu") * 1e9) if plan.device else 0
+        logger.info(told(plan, taken.most - before, used, time.monotonic() - started))
+        return found
+
+
+def _kind(job: RunSettings, plan: Plan) -> type[Job]:
+    """How the job is done: with the model in memory, or streamed."""
+    from perp.streamed_run import StreamedJob
+
+    if plan.stream:
+        return StreamedJob
+    if record.unfinished(job.out):
+        if not job.overwrite:
+            raise UserError(
+                f"{job.out} holds an unfinished streamed run; finish it with --stream, or pass --overwrite to begin "
+                "again."
+            )
+        record.forget(job.out)
+    return Job
 
 
 @dataclass(frozen=True)
-class _Texts:
+class Texts:
     train: list[str]
     held_out: dict[str, list[str]]
     identity: dict[str, Any]
 
 
-def _read(job: RunSettings) -> _Texts:
+def _read(job: RunSettings) -> Texts:
     source = data.documents(job.data)
     parts = data.split(source)
     held_out = {source.label: parts.test}
@@ -74,12 +108,13 @@ def _read(job: RunSettings) -> _Texts:
             )
         held_out[other.name if other.label in held_out else other.label] = other.texts
         identity["evaluate"].append(other.identity)
-    return _Texts(parts.train, held_out, identity)
+    return Texts(parts.train, held_out, identity)
 
 
-class _Job:
-    def __init__(self, job: RunSettings, pattern: Pattern, texts: _Texts, progress: Progress) -> None:
+class Job:
+    def __init__(self, job: RunSettings, pattern: Pattern, texts: Texts, progress: Progress, plan: Plan) -> None:
         self.job, self.pattern, self.progress, self.identity = job, pattern, progress, texts.identity
+        self.plan = plan
         self.device = job.device or "cpu"
         self.model: Any
         self.tokenizer: Any
@@ -87,7 +122,7 @@ class _Job:
         # What refining did to each linear's mask, as the manifest tells it.
         self.refined: dict[str, dict[str, float]] = {}
         self.load()
-        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed, job.resume))
+        self.check_output()
         for name, linear in all_prunable(self.model).items():
             pattern.check(linear.in_features, name)
             if linear.weight.ndim > 2 and job.keep_adapters:
@@ -115,6 +150,7 @@ class _Job:
         begun = job.resume and stages.begun()
         rows = [] if begun else self.comparison(dense)
         teacher = self.teacher()
+        masks: Mapping[str, Tensor]
         if begun:
             rows, masks, self.refined = stages.read(self.model)
         else:
@@ -124,10 +160,15 @@ class _Job:
                 stages.write(self.model, rows, masks, self.refined)
         if job.retrain:
             rows += self.retrain(report.RETRAINED, masks, teacher, stages.retraining if job.resume else None)
-        found = Report(job.title, rows)
-        self.save(found, masks)
-        report.write([found], job.out / "perp")
+        found = self.finish(rows, masks)
         stages.remove()
+        return found
+
+    def finish(self, rows: list[Row], masks: Mapping[str, Tensor]) -> Report:
+        """Save the model and the report of these rows."""
+        found = Report(self.job.title, rows)
+        self.save(self.manifest(rows, masks), masks)
+        report.write([found], self.job.out / "perp")
         return found
 
     def comparison(self, dense: Sequence[Row]) -> list[Row]:
@@ -146,7 +187,7 @@ class _Job:
             self.load()
         return rows
 
-    def prune_in_cycles(self, teacher: Teacher | None) -> tuple[Row, dict[str, Tensor]]:
+    def prune_in_cycles(self, teacher: Teacher | None) -> tuple[Row, Mapping[str, Tensor]]:
         """Prune to the pattern, after the earlier cycles of an iterative pruning; the row and the masks."""
         *earlier, pattern = schedule(self.pattern, self.job.cycles, self.job.schedule)
         with self.cost() as cost:
@@ -164,6 +205,10 @@ class _Job:
         self.model = None
         gc.collect()
         self.model, self.tokenizer = models.load(job.model, job.dtype, self.device, job.trust_remote_code)
+
+    def check_output(self) -> None:
+        job = self.job
+        checkpoints.check_output(job.out, job.overwrite, checkpoints.size(self.model, job.packed, job.resume))
 
     def check_tokens(self) -> None:
         vocabulary = self.model.get_input_embeddings().num_embeddings
@@ -219,7 +264,7 @@ class _Job:
             return self.row(report.PRUNED, cost), pruned
         return self.row(report.RECONSTRUCTED, cost, self.reconstructed_count(pruned.masks)), pruned
 
-    def reconstructed_count(self, masks: dict[str, Tensor]) -> tuple[int, int]:
+    def reconstructed_count(self, masks: Mapping[str, Tensor]) -> tuple[int, int]:
         """How many of the model's parameters reconstruction trains, a unit at a time, and how many there are."""
         _, blocks = find_blocks(self.model)
         # A single matrix has no norms.
@@ -243,7 +288,7 @@ class _Job:
         return Teacher(self.model, self.training, numbers, settings.distil, settings.temperature, self.progress)
 
     def retrain(
-        self, stage: str, masks: dict[str, Tensor], teacher: Teacher | None = None, checkpoint: Path | None = None
+        self, stage: str, masks: Mapping[str, Tensor], teacher: Teacher | None = None, checkpoint: Path | None = None
     ) -> list[Row]:
         """Train under these masks and merge; masks that keep everything train the dense model the same way.
 
@@ -276,14 +321,19 @@ class _Job:
 
     def row(self, stage: str, cost: Cost | None = None, trained: tuple[int, int] = (0, 1)) -> Row:
         """The model as it is now; `trained`: how many parameters were trained to get here, of how many."""
+        found, zeros = self.judge()
+        cost = cost or Cost()
+        count, total = trained
+        return Row(stage, found, zeros, count / total, cost.seconds, cost.memory, count)
+
+    def judge(self) -> tuple[dict[str, float], float]:
+        """The perplexity on each held-out text, and the share of zeros in the weights to prune."""
         found = {}
         for name, windows in self.held_out.items():
             self.progress.stage(f"perplexity {name}", len(windows))
             found[name] = perplexity(self.model, windows, self.progress)
             self.progress.done()
-        cost = cost or Cost()
-        count, total = trained
-        return Row(stage, found, _zeros(self.model), count / total, cost.seconds, cost.memory, count)
+        return found, _zeros(self.model)
 
     @contextmanager
     def cost(self) -> Iterator[Cost]:
@@ -293,9 +343,13 @@ class _Job:
         yield cost
         cost.seconds, cost.memory = time.monotonic() - started, machine.peak(self.device)
 
-    def save(self, found: Report, masks: dict[str, Tensor]) -> None:
+    def save(self, content: dict[str, Any], masks: Mapping[str, Tensor]) -> None:
         job = self.job
-        content = manifest.build(
+        checkpoints.save(self.model, self.tokenizer, job.out, masks, content, job.overwrite, job.packed, self.adapters)
+
+    def manifest(self, rows: list[Row], masks: Mapping[str, Tensor]) -> dict[str, Any]:
+        job = self.job
+        return manifest.build(
             method=job.method,
             pattern=str(self.pattern),
             parts=job.retrain,
@@ -304,18 +358,23 @@ class _Job:
             data=self.identity,
             seeds={"calibration": job.seed, "training": job.seed + 1},
             settings=json.loads(json.dumps(dataclasses.asdict(job), default=str)),
-            perplexity={row.stage: row.perplexity for row in found.rows},
-            seconds={row.stage: row.seconds for row in found.rows},
+            perplexity={row.stage: row.perplexity for row in rows},
+            seconds={row.stage: row.seconds for row in rows},
         )
-        checkpoints.save(self.model, self.tokenizer, job.out, masks, content, job.overwrite, job.packed, self.adapters)
 
 
 def _zeros(model: Any) -> float:
     """The share of exact zeros among the weights to prune, which may be swapped: adapters beside them do not count."""
     swapped = [m.sparse_weight.unpack() for m in model.modules() if isinstance(m, SparseLinear)]
     weights = swapped or [linear.weight for linear in all_prunable(model).values()]
-    counts = [(weight.numel(), int(weight.count_nonzero())) for weight in weights]
-    return 1 - sum(kept for _, kept in counts) / sum(total for total, _ in counts)
+    kept, total = count_kept(weights)
+    return 1 - kept / total
+
+
+def count_kept(weights: Iterable[Tensor]) -> tuple[int, int]:
+    """How many of these weights are not zero, and how many they are."""
+    counts = [(int(weight.count_nonzero()), weight.numel()) for weight in weights]
+    return sum(kept for kept, _ in counts), sum(total for _, total in counts)
 
 
 def run_demo(out: Path, progress: Progress | None = None) -> list[Report]:

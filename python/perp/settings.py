@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from perp import checkpoints, choice, machine, manifest, models, pruners
+from perp import checkpoints, choice, machine, manifest, models, pruners, record
 from perp.errors import UserError
 from perp.granularity import Granularity
 from perp.iterate import divided, schedule
@@ -40,6 +40,9 @@ class RunSettings:
     those of `RetrainSettings`; `keep_adapters` saves adapters that do not merge (lora) beside the pruned model. `data`
     is judged on its test part, `eval_data` whole. `packed` writes the packed file beside the plain model. `resume`
     writes down what is done, and goes on from what an interrupted job left (`perp.stages`).
+    `stream` keeps one block at a time in memory, and always goes on with an unfinished run (`perp.streamed_run`); None
+    leaves it to the plan, by the memory that may be used: `gpu_memory`, `cpu_memory` such as "20GB" (None: what is
+    free).
     """
 
     model: str
@@ -84,6 +87,9 @@ class RunSettings:
     overwrite: bool = False
     packed: bool = False
     resume: bool = False
+    stream: bool | None = None
+    gpu_memory: str | None = None
+    cpu_memory: str | None = None
 
     @property
     def title(self) -> str:
@@ -139,8 +145,11 @@ def best(settings: RunSettings, chosen: Collection[str] = ()) -> RunSettings:
     return replace(settings, **{name: value for name, value in BEST.items() if name not in chosen})
 
 
-def check(settings: RunSettings) -> Pattern:
-    """Refuse what cannot work before any weight or text is read; gives the parsed pattern."""
+def check(settings: RunSettings, weights: bool = True) -> Pattern:
+    """Refuse what cannot work before any weight or text is read; gives the parsed pattern.
+
+    Without `weights` those need not be there: for a plan, the configuration will do.
+    """
     pattern = Pattern.parse(settings.pattern)
     scoped = pruners.resolve(settings.method, pattern)[1]
     for name, given, known in (
@@ -177,8 +186,11 @@ def check(settings: RunSettings) -> Pattern:
             if "lora" in settings.retrain
             else "--keep-adapters keeps what lora trains, and lora is not retrained; leave it out, all else merges."
         )
-    checkpoints.check_output(settings.out, settings.overwrite)
-    models.check_model(settings.model, settings.trust_remote_code)
+    for size in (settings.gpu_memory, settings.cpu_memory):
+        machine.parse_size(size)
+    # Where a run is unfinished, what is there is its own: whether this one may go on with it is decided later.
+    checkpoints.check_output(settings.out, settings.overwrite or record.unfinished(settings.out))
+    models.check_model(settings.model, settings.trust_remote_code, weights)
     return pattern
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from perp.blocks import Arguments, ArgumentsOf, Stop, find_blocks, run_block, to_block, to_store
+from perp.activations import to_memory
+from perp.blocks import Arguments, ArgumentsOf, Stop, find_blocks, run_block, to_block
 from perp.units import Unit, whole
 
 
@@ -81,7 +82,7 @@ class Matrix(Unit):
             finally:
                 hook.remove()
             if found:
-                yield to_store(found[0].clone())
+                yield to_memory(found[0].clone())
 
 
 def matrices(unit: Unit) -> list[Matrix]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from perp import checkpoints
+from perp import masks as mask_files
 from perp.errors import UserError
 from perp.report import Row
 from perp.settings import RunSettings
@@ -63,7 +64,7 @@ class Stages:
         try:
             told = json.loads((self.path / _JOB).read_text(encoding="utf-8"))
             rows = [Row(**row) for row in told["rows"]]
-            masks = checkpoints.read_masks(self.path / _MASKS)
+            masks = mask_files.read(self.path / _MASKS)
             load_model(model, self.path / _MODEL)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{self.path} is damaged; delete it to begin again.") from error
@@ -80,7 +81,7 @@ class Stages:
         self.remove()
         self.path.mkdir(parents=True)
         save_model(model, str(self.path / _MODEL))
-        checkpoints.write_masks(masks, self.path / _MASKS)
+        mask_files.write(masks, self.path / _MASKS)
         told = {"identity": self.identity, "rows": [dataclasses.asdict(row) for row in rows], "refined": refined}
         (self.path / _JOB).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 

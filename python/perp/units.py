@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from perp.blocks import (
     Arguments,
     Calls,
+    Enter,
     Stop,
     close,
     find_blocks,
@@ -103,7 +104,11 @@ class Unit:
 
 
 def units(
-    source: PreTrainedModel | str | Path, windows: Tensor | None = None, granularity: str = "half-block"
+    source: PreTrainedModel | str | Path,
+    windows: Tensor | None = None,
+    granularity: str = "half-block",
+    calls: Calls | None = None,
+    enter: Enter | None = None,
 ) -> Iterator[tuple[int, list[Unit]]]:
     """Walk a model, in memory or in a directory (which is loaded): yields each block's index and its units.
 
@@ -111,30 +116,35 @@ def units(
 
     `windows` (int64 [n, T]) lends the tokens of the probe; without it they are the first of the vocabulary. The probe
     advances when the caller is done with a block, so a caller may change blocks as it goes. The first block that cannot
-    be cut gives the only warning.
+    be cut gives the only warning. `calls`: those of the model with other windows. `enter` brings a block's weights
+    until the caller is done with the block.
     """
     if granularity not in ("block", "half-block"):
         raise UserError(f"{granularity!r} is no granularity of a single block; choose block or half-block.")
     if not isinstance(source, PreTrainedModel):
         source, _ = load(str(source))
     prefix, blocks = find_blocks(source)
+    enter = enter or (lambda index: nullcontext())
     if granularity == "block":
-        yield from ((i, [whole(block, f"{prefix}.{i}")]) for i, block in enumerate(blocks))
+        for index, block in enumerate(blocks):
+            with enter(index):
+                yield index, [whole(block, f"{prefix}.{index}")]
         return
     probe = torch.arange(PROBE)[None] if windows is None else windows[:1, :PROBE]
-    calls = Calls(source, probe)
+    calls = Calls(source, probe, enter, known=calls)
     warned = False
     for index, block in enumerate(blocks):
-        arguments = calls.arguments(index, [0])
-        parts = split(block, f"{prefix}.{index}", calls.hidden[0], arguments)
-        if len(parts) == 1 and not warned:
-            warnings.warn(
-                f"{prefix}.{index} cannot be cut in halves or branches; such blocks stay whole.", stacklevel=2
-            )
-            warned = True
-        yield index, parts
-        with torch.no_grad():
-            calls.hidden[0] = run_block(block, calls.hidden[0], arguments)
+        with enter(index):
+            arguments = calls.arguments(index, [0])
+            parts = split(block, f"{prefix}.{index}", calls.hidden[0], arguments)
+            if len(parts) == 1 and not warned:
+                warnings.warn(
+                    f"{prefix}.{index} cannot be cut in halves or branches; such blocks stay whole.", stacklevel=2
+                )
+                warned = True
+            yield index, parts
+            with torch.no_grad():
+                calls.hidden[0] = run_block(block, calls.hidden[0], arguments)
 
 
 @torch.no_grad()

@@ -1,0 +1,31 @@
+"""Files that are whole or absent, however a process ends."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a directory's list of names, on the disk: a full one may say so only now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(written: Path, final: Path) -> None:
+    """Give a finished file its final name; after this it survives even a loss of power."""
+    flush(written)
+    written.replace(final)
+    flush(final.parent)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """`content` as the file `path`, whole or not at all."""
+    written = path.with_name(f".{path.name}")
+    written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    commit(written, path)

@@ -1,0 +1,125 @@
+"""Retraining a pruned model over its packed weights, from the finished blocks of one stage into those of another.
+
+In memory are the packed weights (mapped from their file), the adapters with their moments, and the activations of one
+block; a block's dense weights are made only to write it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from perp import manifest, packed_model, parts, streamed_save
+from perp.adapters import attach, merge
+from perp.files import commit
+from perp.finished import Finished, Masks
+from perp.linear import SparseLinear
+from perp.parts import count_trainable
+from perp.progress import Progress
+from perp.residence import put
+from perp.retrain import RetrainSettings
+from perp.retrain import retrain as train
+from perp.stream import Stream
+
+_OUTSIDE, _TRAINED = "outside.safetensors", "perp-trained"
+
+
+def retrain(
+    stream: Stream,
+    before: Finished,
+    stage: Finished,
+    tokenizer: Any,
+    windows: Tensor,
+    settings: RetrainSettings,
+    progress: Progress,
+) -> tuple[int, int]:
+    """Train the model whose blocks are finished in `before`, and finish them in `stage`.
+
+    `windows`: token ids, int64 [n, T]. What trained outside the blocks is kept in the stage, and put in place: see
+    `adopt_outside`. An earlier process's steps and blocks are gone on from. Returns how many parameters were trained,
+    and how many there are.
+    """
+    base, count = stage.directory / "base", len(stream.blocks)
+    outside = stage.directory / _OUTSIDE
+    if not (outside.exists() and all(map(stage.has_block, range(count)))):
+        model = _packed(stream, before, tokenizer, base, settings)
+        _train(model, windows, settings, progress, stage.directory)
+        trained = count_trainable(model)
+        names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        merge(model)
+        _write({name: model.get_parameter(name) for name in names if not _inside(stream, name)}, outside, trained)
+        with stream.reading(before.tensors):
+            for index in range(count):
+                if not stage.has_block(index):
+                    _write_block(stream, model, index, before, stage)
+        del model
+    shutil.rmtree(base, ignore_errors=True)
+    adopt_outside(stream, stage)
+    with safe_open(outside, framework="pt") as file:
+        counted, total = json.loads(file.metadata()[_TRAINED])
+        return counted, total
+
+
+def _train(model: Any, windows: Tensor, settings: RetrainSettings, progress: Progress, directory: Path) -> None:
+    """Train, or take what an earlier process has trained to the end."""
+    done = directory / "trained.safetensors"
+    if not done.exists():
+        train(model, windows, settings, progress, checkpoint=directory / "steps.pt")
+        names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        _write({name: model.get_parameter(name) for name in names}, done, count_trainable(model))
+        return
+    if mode := parts.adapter_mode(settings.parts):
+        attach(model, mode, settings.r, settings.alpha, settings.seed)
+    parts.select_trainable(model, settings.parts)
+    with safe_open(done, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            model.get_parameter(name).data = file.get_tensor(name).clone()
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path, trained: tuple[int, int]) -> None:
+    written = path.with_name(f".{path.name}")
+    plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    save_file(plain, written, metadata={_TRAINED: json.dumps(trained)})
+    commit(written, path)
+
+
+def adopt_outside(stream: Stream, stage: Finished) -> None:
+    """Give the model what was trained outside its blocks, the last norm above all."""
+    with safe_open(stage.directory / _OUTSIDE, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            stream.model.get_parameter(name).data = file.get_tensor(name).clone()
+
+
+def _packed(stream: Stream, before: Finished, tokenizer: Any, base: Path, settings: RetrainSettings) -> Any:
+    """The model on its packed weights, by way of a directory whose shards are links to those of the stage."""
+    masks = before.all_masks(len(stream.blocks))
+    about = manifest.build(method="", pattern="", parts=settings.parts, masks=masks, data={}, seeds={})
+    streamed_save.save(stream, before, tokenizer, base, about, packed=True)
+    dtype = str(stream.model.dtype).removeprefix("torch.")
+    return packed_model.load_weights(base, dtype, str(stream.device))
+
+
+def _inside(stream: Stream, name: str) -> bool:
+    return name.startswith(f"{stream.prefix}.")
+
+
+@torch.no_grad()
+def _write_block(stream: Stream, model: Any, index: int, before: Finished, stage: Finished) -> None:
+    """Merged weights unpacked, and all else that the block holds, into its shard."""
+    prefix = f"{stream.prefix}.{index}"
+    with stream.enter(index):
+        block = stream.blocks[index]
+        for name, module in model.get_submodule(prefix).named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, SparseLinear):
+                own = {"weight": module.sparse_weight.unpack(), **({"bias": own["bias"]} if "bias" in own else {})}
+            put(block.get_submodule(name), own)
+        stage.write_block(index, lambda path: stream.write(index, path), Masks(before.masks(index)), {})

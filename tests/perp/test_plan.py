@@ -1,0 +1,133 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+
+from perp import machine, plan
+from perp.plan import Budget, Rates, Shape, UnitShape, Work, advice, choose, predict, shape_of
+
+from . import families
+
+RATES = Rates(flops=1e12, memory=1e10, disk=1e9)
+AMPLE = Budget(device=1 << 50, host=1 << 50, disk=1 << 50)
+# LLaMA-2-70B: 80 blocks of 8192, inner 28672, 8 groups of keys, vocabulary 32000.
+LARGE = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+)
+
+
+def shape(config) -> Shape:
+    with torch.device("meta"):
+        return shape_of(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+
+
+def test_shapes_are_those_of_the_configuration():
+    found = shape(LARGE)
+    attention = 2 * 8192 * 8192 + 2 * 8192 * 1024
+    mlp = 3 * 8192 * 28672
+    assert [unit.weights for unit in found.units] == [attention, mlp]
+    assert found.inside == 80 * (attention + mlp + 2 * 8192)
+    assert found.outside == 2 * 32000 * 8192 + 8192
+    assert (found.blocks, found.hidden, found.vocabulary, found.itemsize) == (80, 8192, 32000, 2)
+    assert 68e9 < found.inside + found.outside < 70e9
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_every_family_has_its_linears_in_attention_and_the_rest(family):
+    model = families.build(family)
+    found = shape_of(model)
+    assert len(found.units) == 2
+    linears = [m for m in plan.find_blocks(model)[1][0].modules() if isinstance(m, torch.nn.Linear)]
+    assert sum(unit.weights for unit in found.units) == sum(linear.weight.numel() for linear in linears)
+    assert found.block == sum(p.numel() for p in plan.find_blocks(model)[1][0].parameters())
+
+
+def test_streaming_takes_no_more_for_more_blocks():
+    work = Work(128, 2048, judged=32, states=2)
+    small, large = shape(LARGE), replace(shape(LARGE), blocks=800, inside=10 * shape(LARGE).inside)
+    for gpu in (False, True):
+        one, other = (predict(s, replace(work, gpu=gpu), RATES, True, "disk") for s in (small, large))
+        assert (one.host, one.device) == (other.host, other.device)
+        whole = predict(small, replace(work, gpu=gpu), RATES, False, "memory")
+        assert max(whole.host, whole.device) > small.bytes
+        assert other.seconds > 9 * one.seconds
+
+
+def test_hidden_states_are_counted_where_they_are():
+    work = Work(128, 2048, gpu=True)
+    states = 2 * 128 * 2048 * 8192 * 2
+    found = {place: predict(shape(LARGE), work, RATES, True, place) for place in ("device", "memory", "disk")}
+    assert found["device"].device - found["disk"].device == states
+    assert found["memory"].host - found["disk"].host == states
+    assert found["disk"].disk - found["memory"].disk == states
+
+
+def test_the_parts_of_a_fit_are_those_of_the_kept_weights():
+    """bf16: values, the copy to go back to, fp32 copy, two moments and gradient, at half of the weights."""
+    unit = UnitShape(((1000, 1000),))
+    one = Shape(1, (unit,), unit.weights, 0, 1000, 10, 2)
+    half, all_kept = (plan._fit_memory(unit, one, Work(1, 1, kept=kept, batch=1)) for kept in (0.5, 1.0))
+    per_kept = 2 + 2 + 4 + 8 + 4 + 2 * 4
+    assert all_kept - half == pytest.approx(per_kept * 5e5, rel=1e-3)
+
+
+def test_the_fastest_way_that_fits_is_chosen():
+    found, work = shape(LARGE), Work(16, 2048, gpu=True)
+    assert choose(found, work, RATES, AMPLE)[0].stream is False
+    gpu = predict(found, work, RATES, True, "device").device
+    chosen, fits = choose(found, work, RATES, replace(AMPLE, device=gpu))
+    assert (chosen.stream, chosen.activations, fits) == (True, "device", True)
+    chosen, fits = choose(found, work, RATES, replace(AMPLE, device=gpu - 1))
+    assert (chosen.stream, chosen.activations, fits) == (True, "memory", True)
+    chosen, fits = choose(found, work, RATES, replace(AMPLE, device=gpu - 1, host=chosen.host - 1))
+    assert (chosen.stream, chosen.activations, fits) == (True, "disk", True)
+    assert choose(found, work, RATES, AMPLE, stream=True)[0].stream is True
+    assert choose(found, work, RATES, Budget(1, 1, 1))[1] is False
+    assert choose(found, work, RATES, Budget(1, 1, 1), stream=False)[0].stream is False
+
+
+def test_the_mildest_setting_that_helps_is_named():
+    found, work = shape(LARGE), Work(128, 2048, batch=4, gpu=True)
+    most = predict(found, work, RATES, True, "disk").device
+    least = predict(found, replace(work, batch=1), RATES, True, "disk").device
+    assert least < most
+    assert advice(found, work, RATES, replace(AMPLE, device=least)) == "pass --reconstruct-batch 1"
+    sparing = predict(found, replace(work, trained="mask_lora", batch=1), RATES, True, "disk").device
+    assert sparing < least
+    assert advice(found, work, RATES, replace(AMPLE, device=sparing)) == "pass --reconstruct-parts mask_lora,norms"
+    assert advice(found, work, RATES, Budget(1, 1 << 50, 1 << 50)).endswith("GB of GPU memory")
+    assert "on a disk with" in advice(found, work, RATES, replace(AMPLE, disk=1))
+
+
+@pytest.mark.parametrize(
+    "text, size", [("20GB", 20e9), ("16GiB", 16 * 2**30), ("1.5 tb", 1.5e12), ("700mb", 7e8), ("8", 8e9), ("9b", 9)]
+)
+def test_sizes_of_memory(text, size):
+    assert machine.parse_size(text) == math.floor(size)
+    assert machine.parse_size(None) is None
+    for wrong in ("", "GB", "-1GB", "0", "4 EB", "1e3"):
+        with pytest.raises(Exception, match="not a size of memory"):
+            machine.parse_size(wrong)
+
+
+def test_the_headlines_are_planned_for():
+    """The reach of the papers' sizes on one GPU, as planned from configurations: no measurement stands behind it."""
+    opt = OPTConfig(
+        vocab_size=50272,
+        hidden_size=7168,
+        ffn_dim=28672,
+        num_hidden_layers=48,
+        num_attention_heads=56,
+        word_embed_proj_dim=7168,
+    )
+    work = Work(128, 2048, gpu=True)
+    assert predict(shape(opt), work, RATES, True, "memory").device < 8e9
+    assert predict(shape(LARGE), work, RATES, True, "memory").device < 12e9

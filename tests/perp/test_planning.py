@@ -1,0 +1,75 @@
+"""The plan against what really happens, in processes of their own; shapes that the constants were not fitted to."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+from transformers import LlamaConfig, OPTConfig
+from typer.testing import CliRunner
+
+from bench import machine as bench_machine
+from bench.streaming.subjects import write_random
+from bench.streaming.worker import Job
+from perp import settings
+from perp.cli import app
+from perp.planning import plan_job
+from perp.settings import RunSettings
+
+OPT = OPTConfig(
+    vocab_size=2000,
+    hidden_size=768,
+    ffn_dim=3072,
+    word_embed_proj_dim=768,
+    num_hidden_layers=2,
+    num_attention_heads=12,
+    dtype="bfloat16",
+    architectures=["OPTForCausalLM"],
+)
+LLAMA = LlamaConfig(
+    vocab_size=2000,
+    hidden_size=1152,
+    intermediate_size=3200,
+    num_hidden_layers=2,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=False,
+    dtype="float32",
+    architectures=["LlamaForCausalLM"],
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
+@pytest.mark.parametrize("config, method", [(OPT, "sparsegpt"), (LLAMA, "wanda")])
+def test_memory_is_as_planned(tmp_path, config, method):
+    (tmp_path / "model").mkdir()
+    write_random(config, tmp_path / "model")
+    job = Job(str(tmp_path / "model"), 4, 256, 1, method, True, "cpu", 1, str(tmp_path))
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(asdict(job)))
+    subprocess.run([sys.executable, "-m", "bench.streaming.worker", str(path)], cwd=bench_machine.ROOT, check=True)
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["planned"]["host_bytes"] == pytest.approx(found["host_bytes"], rel=0.15)
+
+
+def test_a_plan_needs_the_configuration_alone(tmp_path):
+    LLAMA.save_pretrained(tmp_path / "model")
+    job = RunSettings(model=str(tmp_path / "model"), out=tmp_path / "out", device="cpu", windows=4, cpu_memory="400MB")
+    settings.check(job, weights=False)
+    found = plan_job(job)
+    assert (found.fits, found.plan.stream) == (True, True)
+    assert not plan_job(RunSettings(model=job.model, out=job.out, device="cpu", cpu_memory="50MB")).fits
+    assert plan_job(RunSettings(model=job.model, out=job.out, device="cpu", windows=4)).plan.stream is False
+
+
+def test_perp_plan_tells_a_stage_a_line_and_a_verdict(tmp_path):
+    LLAMA.save_pretrained(tmp_path)
+    asked = ["plan", str(tmp_path), "--device", "cpu", "--windows", "4", "--cpu-memory"]
+    told = CliRunner().invoke(app, [*asked, "400MB"])
+    assert told.exit_code == 0, told.output
+    assert all(stage in told.stdout for stage in ("judge", "prune", "retrain", "may take"))
+    assert "It fits: streamed, a block at a time" in told.stdout
+    told = CliRunner().invoke(app, [*asked, "20MB"])
+    assert told.exit_code == 0
+    assert "It does not fit; use a machine with" in told.stdout
