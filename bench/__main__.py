@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     complaints: list[str] = []
     effort = QUICK if options.quick else ON_GPU if device.on_gpu() else Effort()
-    for name in chosen:
+    for name in filter(cases.get, chosen):
         tests_passed = options.tests_passed or (options.verify and _tests_pass(ops[name].tests))
         rows: list[results.Row] = []
         for case in cases[name]:

@@ -136,7 +136,7 @@ def assign_case(N: int, K: int, quick: bool = False) -> Case:
         random = generator(seed)
         weight = pruned_weight(N, K, "2:4", "semi24", torch.bfloat16, random)
         source = normal((moved // 4,), torch.bfloat16, random)  # a copy moves each byte twice
-        return Packing(weight.dense, weight.packed.prepare(), source, torch.empty_like(source))
+        return Packing(weight.dense, weight.packed.prepare(), source, torch.zeros_like(source))
 
     return Case(
         op="tiled24_assign_",
@@ -159,5 +159,12 @@ CASES = [
     assign_case(4096, 4096),
 ]
 
-# Nothing of this is measured on a CPU, where every call restores the canonical form first.
-OPS: list[Op] = []
+# On a CPU, where every call restores the canonical form first, nothing of this is measured.
+OPS = [
+    Op(
+        name,
+        gpu_cases=[case for case in CASES if case.op == name],
+        gpu_tests=("../../cuda/launched/test_semi24.py",),
+    )
+    for name in ("tiled24_linear", "tiled24_assign_")
+]

@@ -61,5 +61,10 @@ OPS = [
             ),
         ],
         tests=("test_wanda_select.py",),
+        gpu_cases=[
+            case(96, 256, "2:4", quick=True),
+            *(case(4096, 14336, text, torch.bfloat16) for text in ("0.5/row", "2:4")),
+        ],
+        gpu_tests=("test_refining.py",),
     )
 ]
