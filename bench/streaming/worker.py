@@ -52,10 +52,12 @@ class _NoTokenizer:
 def execute(job: Job) -> dict[str, Any]:
     """Seconds and peak memory of pruning, fitting and saving, beyond the imports, and what the plan had said."""
     torch.set_num_threads(job.threads)
-    if job.stream:
-        machine.give_back_memory()
     models.check_model(job.directory)  # imports the model's code
-    rates = measure(job.device, model_shape(job.directory, None))
+    shape = model_shape(job.directory, None)
+    rates = measure(job.device, shape)
+    plan = predict(shape, _work(job), rates, job.stream, "memory")
+    if plan.gives_back:
+        machine.give_back_memory()
     before = machine.resident_parts()[0]
     machine.reset_peak(job.device)
     scratch = Path(tempfile.mkdtemp(dir=job.scratch))
@@ -67,7 +69,6 @@ def execute(job: Job) -> dict[str, Any]:
     finally:
         shutil.rmtree(scratch)
     used = round(1e9 * machine.peak(job.device)) if job.device != "cpu" else 0
-    plan = predict(model_shape(job.directory, None), _work(job), rates, job.stream, "memory")
     return {
         "seconds": seconds,
         "host_bytes": anonymous.most - before,

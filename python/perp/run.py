@@ -63,7 +63,7 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
         if job.stream is not False and not planned.fits:
             raise UserError(f"{job.model} does not fit on this machine so; {planned.advice}, or see perp plan.")
         texts, plan = _read(job), planned.plan
-        if plan.stream:
+        if plan.gives_back:
             machine.give_back_memory()
         before, started = machine.resident_parts()[0], time.monotonic()
         with machine.AnonymousPeak() as taken:
