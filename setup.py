@@ -97,7 +97,6 @@ setup(
     package_dir={"perp": "python/perp"},
     package_data={
         "perp_kernels": ["py.typed", "tuning/*.json"],
-        "perp_kernels.cuda": ["cubins/*.cubin"],
         "perp": ["py.typed"],
     },
     ext_modules=[Extension("perp_kernels._C", sources=[], optional=True)] if native else [],
