@@ -1,4 +1,4 @@
-"""Shared by the test_native*.py files: every code path by force, and definitions to test against."""
+"""Shared by the tests of the native kernels: every code path by force, and definitions to test against."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import perp_kernels as pk
 from perp_kernels import cpu
 
 needs_native = pytest.mark.skipif(not cpu.available, reason=cpu.why)
 # The fastest last.
 PATHS = ("portable", "avx2", "avx512")
+SERVERS = ("reference", *PATHS)
 
 
 def force(path: str) -> Iterator[str]:
@@ -23,6 +25,18 @@ def force(path: str) -> Iterator[str]:
         pytest.skip(str(error))
     yield path
     cpu.set_path("auto")
+
+
+def serve(server: str) -> Iterator[str]:
+    """Body of a fixture: runs a test on the reference, or on one code path of the native kernels."""
+    if server == "reference":
+        with pk.backend("reference"):
+            yield server
+        return
+    if not cpu.available:
+        pytest.skip(cpu.why)
+    with pk.backend("cpu"):
+        yield from force(server)
 
 
 def bits_of(mask: Tensor) -> Tensor:

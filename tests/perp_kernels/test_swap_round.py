@@ -12,25 +12,13 @@ import perp_kernels as pk
 from perp_kernels import cpu
 from perp_kernels.cpu import native
 
-from .native import PATHS
+from .native import SERVERS, serve
 from .oracles import normal
 
 
-@pytest.fixture(params=["reference", *PATHS])
+@pytest.fixture(params=SERVERS)
 def served(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "reference":
-        with pk.backend("reference"):
-            yield request.param
-        return
-    if not cpu.available:
-        pytest.skip(cpu.why)
-    try:
-        cpu.set_path(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    with pk.backend("cpu"):
-        yield request.param
-    cpu.set_path("auto")
+    yield from serve(request.param)
 
 
 def problem(N: int, K: int, pattern: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

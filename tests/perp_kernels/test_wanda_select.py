@@ -9,29 +9,16 @@ import torch
 from torch import Tensor
 
 import perp_kernels as pk
-from perp_kernels import cpu
 
-from .native import PATHS
+from .native import SERVERS, serve
 from .oracles import normal
 
 PATTERNS = ("0.5", "0.97/row", "0.001", "0.35/matrix", "0.5/slab", "2:4", "1:2", "5:8", "3:5", "40:80")
 
 
-@pytest.fixture(params=["reference", *PATHS])
+@pytest.fixture(params=SERVERS)
 def served(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "reference":
-        with pk.backend("reference"):
-            yield request.param
-        return
-    if not cpu.available:
-        pytest.skip(cpu.why)
-    try:
-        cpu.set_path(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    with pk.backend("cpu"):
-        yield request.param
-    cpu.set_path("auto")
+    yield from serve(request.param)
 
 
 def inputs(N: int, K: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:

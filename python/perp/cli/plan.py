@@ -37,7 +37,8 @@ def plan(
     pattern: Annotated[str, option("--pattern", "-p", help="As for perp run.", panel=PRUNING)] = "0.5",
     method: Annotated[str, option("--method", "-m", help="As for perp run.", panel=PRUNING)] = "wanda",
     reconstruct: Annotated[
-        str, option("--reconstruct", help="half-block, block or none.", panel=RECOVERY, metavar="UNIT")
+        str,
+        option("--granularity", "--reconstruct", help="half-block, block or none.", panel=RECOVERY, metavar="UNIT"),
     ] = "half-block",
     reconstruct_parts: Annotated[
         str, option("--reconstruct-parts", help="Trained in it.", panel=RECOVERY, metavar="PARTS")
