@@ -25,7 +25,7 @@ class Anchor:
 class Training:
     """Which parts are trained, at which peak learning rate.
 
-    epochs: passes over the windows, of reconstruction. distil, precision: of retraining (`perp.RetrainSettings`).
+    epochs: passes over the windows, of reconstruction. distil: of retraining (`perp.RetrainSettings`).
     """
 
     parts: tuple[str, ...]
@@ -200,7 +200,9 @@ _BEST = tuple(
         settings.BEST["method"],
         pattern,
         windows=settings.BEST["windows"],
-        reconstruct=Training(KEPT_AND_NORMS, 3e-3, epochs=settings.BEST["epochs"]),
+        reconstruct=Training(
+            KEPT_AND_NORMS, 3e-3, epochs=settings.BEST["epochs"], precision=settings.BEST["precision"]
+        ),
         retrain=Training(
             (*MASK_LORA, *NORMS), 2e-3, distil=settings.BEST["distil"], precision=settings.BEST["precision"]
         ),

@@ -18,7 +18,7 @@ import perp
 from bench.quality.protocol import Protocol
 from bench.quality.rows import Row, Training
 from bench.results import write_json
-from perp import machine, manifest
+from perp import machine, manifest, precision
 from perp.blocks import all_prunable
 from perp.progress import Progress, choose
 from perp.retrain import drawn
@@ -81,7 +81,10 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
     retrained = 0.0
 
     started = time.monotonic()
-    teacher = perp.Teacher(model, windows, weight=training.distil) if training and training.distil else None
+    teacher = None
+    if training and training.distil:
+        with precision.narrowed(model, precision.get(training.precision)):
+            teacher = perp.Teacher(model, windows, weight=training.distil)
     if row.method:
         masks = perp.prune_model(
             model,
@@ -90,7 +93,10 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
             row.pattern,
             reconstruct=row.reconstruct
             and perp.ReconstructSettings(
-                parts=set(row.reconstruct.parts), lr=row.reconstruct.lr, epochs=row.reconstruct.epochs
+                parts=set(row.reconstruct.parts),
+                lr=row.reconstruct.lr,
+                epochs=row.reconstruct.epochs,
+                precision=row.reconstruct.precision,
             ),
             granularity=row.granularity,
             progress=progress,

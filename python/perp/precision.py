@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,15 +34,38 @@ def narrowed(model: Any, dtype: torch.dtype | None) -> Iterator[Masters]:
     in the model at the end. Norms keep their precision and hand on `dtype`; so do adapters and the biases of a
     SparseLinear, which its ops take in fp32. Narrow copies cost half of the model's memory once more.
     """
-    wide = [] if dtype is None else [p for p in _narrowable(model) if p.dtype.itemsize > dtype.itemsize]
-    masters: Masters = {parameter: parameter.data for parameter in wide}
     with ExitStack() as undone:
-        for parameter in wide:
-            undone.callback(setattr, parameter, "data", parameter.data)
-            parameter.data = parameter.data.to(dtype)
-        for norm in filter(is_norm, model.modules() if wide else ()):
+        masters = _narrow(_narrowable(model) if dtype else (), dtype, undone)
+        for norm in filter(is_norm, model.modules() if masters else ()):
             undone.enter_context(_in_own_precision(norm, dtype))
         yield masters
+
+
+@contextmanager
+def narrowed_linears(layers: Iterable[SparseLinear], dtype: torch.dtype | None) -> Iterator[Masters]:
+    """For the duration, these layers alone compute in `dtype`; yields what `narrowed` does.
+
+    They take and give what they did. A unit is fitted so: the residual stream, whose largest channels would drown a
+    16-bit sum's error, and attention stay in full precision, while nearly all of the work is in the products.
+    """
+    with ExitStack() as undone:
+        masters: Masters = {}
+        for layer in layers if dtype else ():
+            own = layer.values.dtype
+            if found := _narrow([layer.values], dtype, undone):
+                masters |= found
+                undone.enter_context(_hooked(layer, _casting(dtype), _casting(own)))
+        yield masters
+
+
+def _narrow(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None, undone: ExitStack) -> Masters:
+    """Narrow those that are wider than `dtype`, until `undone`; what they were, by parameter."""
+    wide = [parameter for parameter in parameters if dtype and parameter.dtype.itemsize > dtype.itemsize]
+    masters: Masters = {parameter: parameter.data for parameter in wide}
+    for parameter in wide:
+        undone.callback(setattr, parameter, "data", parameter.data)
+        parameter.data = parameter.data.to(dtype)
+    return masters
 
 
 def _narrowable(model: nn.Module) -> list[nn.Parameter]:
@@ -56,19 +79,28 @@ def _narrowable(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-@contextmanager
-def _in_own_precision(norm: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+def _in_own_precision(norm: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[None]:
     own = next(norm.parameters(), torch.empty(0)).dtype
+    return _hooked(norm, _casting(own), _casting(dtype))
 
-    def wide(value: Any) -> Any:
-        return value.to(own) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    def widen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(map(wide, args)), {name: wide(value) for name, value in kwargs.items()}
+def _casting(dtype: torch.dtype | None) -> Callable[[Any], Any]:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return cast
+
+
+@contextmanager
+def _hooked(module: nn.Module, before: Callable[[Any], Any], after: Callable[[Any], Any]) -> Iterator[None]:
+    """For the duration, `before` is done to each argument of `module` and `after` to its output."""
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(map(before, args)), {name: before(value) for name, value in kwargs.items()}
 
     hooks = (
-        norm.register_forward_pre_hook(widen, with_kwargs=True),
-        norm.register_forward_hook(lambda _, args, output: output.to(dtype)),
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(lambda _, args, output: after(output)),
     )
     try:
         yield

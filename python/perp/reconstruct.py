@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perp import flow, parts
+from perp import flow, parts, precision
 from perp.adapters import attach, merge
 from perp.blocks import outputs
 from perp.errors import UserError
@@ -36,7 +36,7 @@ class ReconstructSettings:
     end, and "full" is kept weights, norms and biases. `lr` None: the rate that suits the parts. `epochs` passes over
     the windows in batches of `batch`, each in an order drawn from `seed`; AdamW without weight decay, the rate rising
     over the first `warmup` share of the steps and falling linearly to 0. `inputs` and `targets`: see `perp.flow`;
-    `loss`: one of `LOSSES`.
+    `loss`: one of `LOSSES`. `precision`: "model", or "bf16" for the products of training (`perp.precision`).
     """
 
     parts: Collection[str] = ("kept", "norms")
@@ -50,9 +50,11 @@ class ReconstructSettings:
     r: int = 16
     alpha: float = 32
     seed: int = 0
+    precision: str = "model"
 
     def __post_init__(self) -> None:
         parts.check(self.parts, parts.UNIT_PARTS)
+        precision.get(self.precision)
         flow.check(self.inputs, self.targets)
         if self.loss not in LOSSES:
             raise UserError(f"{self.loss!r} is not a loss of reconstruction; choose one of {', '.join(LOSSES)}.")
@@ -163,14 +165,15 @@ def _train(
         return LOSSES[settings.loss](output, torch.cat([targets[i] for i in ids]))
 
     steps = settings.epochs * math.ceil(len(inputs) / settings.batch)
-    optimiser = AdamW(parameters, settings.rate, steps, settings.warmup, dtype=inputs[0].dtype)
     generator = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.epochs):
-        for ids in torch.randperm(len(inputs), generator=generator).split(settings.batch):
-            try:
-                optimiser.step([partial(loss, ids.tolist())])
-            except UserError:
-                return False
+    with precision.narrowed_linears(unit.linears.values(), precision.get(settings.precision)) as masters:
+        optimiser = AdamW(parameters, settings.rate, steps, settings.warmup, inputs[0].dtype, masters)
+        for _ in range(settings.epochs):
+            for ids in torch.randperm(len(inputs), generator=generator).split(settings.batch):
+                try:
+                    optimiser.step([partial(loss, ids.tolist())])
+                except UserError:
+                    return False
     return True
 
 

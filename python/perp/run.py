@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perp import checkpoints, data, machine, manifest, models, record, report, settings
+from perp import checkpoints, data, machine, manifest, models, precision, record, report, settings
 from perp.adapters import Adapter, attach, detach, merge
 from perp.blocks import all_prunable, find_blocks
 from perp.distil import Teacher
@@ -285,7 +285,8 @@ class Job:
             return None
         orders = [drawn(len(self.training), training) for training in self.trainings]
         numbers = torch.cat([numbers for order in orders for numbers in order]).tolist()
-        return Teacher(self.model, self.training, numbers, settings.distil, settings.temperature, self.progress)
+        with precision.narrowed(self.model, precision.get(settings.precision)):
+            return Teacher(self.model, self.training, numbers, settings.distil, settings.temperature, self.progress)
 
     def retrain(
         self, stage: str, masks: Mapping[str, Tensor], teacher: Teacher | None = None, checkpoint: Path | None = None

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from perp import adapters, precision, retrain
+from perp import adapters, precision, prune, reconstruct, retrain
 from perp.blocks import is_norm
 from perp.errors import UserError
 from perp.linear import SparseLinear, unswap
@@ -62,6 +62,31 @@ def test_what_is_narrow_inside():
         assert model(families.windows()).logits.dtype == torch.bfloat16
         assert all(p.dtype == torch.bfloat16 and m.dtype == torch.float32 for p, m in masters.items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("parts, lr", [(("kept", "norms"), 3e-3), (("mask_lora",), 1e-2)])
+def test_a_unit_fitted_in_bf16_ends_in_fp32_near_the_fp32_fit(parts, lr):
+    ends, models = {}, {}
+    for name in precision.PRECISIONS:
+        models[name] = families.build("llama")
+        settings = reconstruct.ReconstructSettings(parts=parts, lr=lr, epochs=4, r=4, precision=name)
+        ends[name] = prune.prune_model(models[name], families.windows(8, 12), "wanda", "2:4", settings).losses
+    for (unit, wide), narrow in zip(ends["model"].items(), ends["bf16"].values(), strict=True):
+        assert wide.after != narrow.after < wide.before, unit
+        assert narrow.after == pytest.approx(wide.after, rel=0.05), unit
+    assert {parameter.dtype for parameter in models["bf16"].parameters()} == {torch.float32}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in models["bf16"].modules())
+
+
+def test_only_the_products_of_a_unit_are_narrow():
+    model = families.pruned("opt")
+    layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
+    own = [layer.values.data_ptr() for layer in layers]
+    with precision.narrowed_linears(layers, torch.bfloat16) as masters:
+        assert {layer.values.dtype for layer in layers} == {torch.bfloat16}
+        assert [masters[layer.values].data_ptr() for layer in layers] == own
+        assert model(families.windows()).logits.dtype == torch.float32
+    assert [layer.values.data_ptr() for layer in layers] == own
 
 
 def test_float16_is_refused():

@@ -189,8 +189,7 @@ def run(
         str,
         option(
             "--precision",
-            help="Retrain in the model's own dtype (model), or with frozen weights in bf16 and what trains in fp32 "
-            "(bf16).",
+            help="Train in the model's own dtype (model), or with products in bf16 and what trains in fp32 (bf16).",
             panel=RECOVERY,
             metavar="NAME",
         ),
