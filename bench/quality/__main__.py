@@ -20,6 +20,7 @@ from rich.console import Console
 
 from bench import machine, results
 from bench.quality import report
+from bench.quality.picture import picture
 from bench.quality.protocol import Protocol
 from bench.quality.rows import ROWS, Row
 from bench.quality.store import Store
@@ -54,10 +55,12 @@ class Bench:
         settings = row.settings(self.protocol)
         if not redo and self.store.has(row.name, settings):
             return False
-        start = self._state(row.start) if row.start else None
-        if start and row.start and not self._fresh(ROWS[row.start], start):
-            self.run(ROWS[row.start], redo=True)
-        continued = row.name in {other.start for other in ROWS.values()}
+        source = row.source
+        start = self._state(source.name) if source else None
+        if source and start and not self._fresh(source, start):
+            self.run(source, redo=True)
+        starts = {other.start for other in ROWS.values() if other.start}
+        continued = row.name in {ROWS[name].at_seed(row.seed).name for name in starts}
         job = Job(row, self.protocol, self.validate, start, self._state(row.name) if continued else None)
         print(f"{row.name}: {row.label}", file=sys.stderr)
         found = self.measure(job)
@@ -89,12 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [ROWS[name] for name in names]
     try:
         rows = [row.at_rate(float(lr)) for row in rows for lr in options.lr.split(",")] if options.lr else rows
+        rows = [row.at_seed(seed) for row in rows for seed in _seeds(options.seeds)]
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     if options.list:
         for row in rows:
-            print(f"{row.name:24} {row.label}")
+            print(f"{row.name:32} {row.label}")
         return 0
 
     protocol = Protocol.read(options.protocol) if options.protocol else Protocol()
@@ -112,11 +116,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
         console.print(report.table(found))
         print(report.markdown(found))
-        report.picture(found, out.with_suffix(".png"))
+        picture(found, out.with_suffix(".png"))
         print(f"{len(found)} rows are in {out}, their picture beside it", file=sys.stderr)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _seeds(given: str) -> list[int]:
+    if not all(seed.isascii() and seed.isdigit() for seed in given.split(",")):
+        raise ValueError(f"--seeds {given}: seeds are whole numbers from 0, separated by commas, such as 0,1,2.")
+    return [int(seed) for seed in given.split(",")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,6 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--redo", action="store_true", help="measure rows again that are already there")
     parser.add_argument("--validate", action="store_true", help="judge on validation windows, into a file of its own")
     parser.add_argument("--lr", help="with --validate: other rates of the last training stage, separated by commas")
+    parser.add_argument(
+        "--seeds",
+        default="0",
+        help="run the rows with all their seeds (calibration 0, training 1) raised by each of these: 0,1,2",
+    )
     parser.add_argument(
         "--protocol", type=Path, help="JSON file with fields of another protocol (bench/quality/protocol.py)"
     )

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bench.quality.protocol import Protocol
-from perp import settings
+from perp import parts, settings
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ class Row:
     """One model: pruned (`method` at `pattern`, shares of zeros by `allocate`), its masks refined, its kept weights
     refitted, its units reconstructed, then retrained; each of these or not.
 
-    start: the row whose model this one continues, instead of the dense model. windows: how many calibrate, instead of
-    the protocol's; they are then among those that retraining sees, so that the row has no more data than that.
+    start: the row whose model this one continues, at the same seed, instead of the dense model. windows: how many
+    calibrate, instead of the protocol's; they are then among those that retraining sees, so that the row has no more
+    data than that. cycles: prune and retrain so often on the way to the pattern, the steps divided among them. seed:
+    what every seed of the row is raised by, as by `perp run --seed`.
     """
 
     name: str
@@ -56,7 +58,22 @@ class Row:
     retrain: Training | None = None
     start: str | None = None
     windows: int | None = None
+    cycles: int = 1
+    seed: int = 0
     anchor: Anchor | None = None
+
+    @property
+    def source(self) -> Row | None:
+        """The row of `start` at this seed."""
+        return ROWS[self.start].at_seed(self.seed) if self.start else None
+
+    def at_seed(self, seed: int) -> Row:
+        """This row at another seed, under a name of its own; seed 0 is the row itself, which alone has an anchor."""
+        if not seed:
+            return self
+        return replace(
+            self, name=f"{self.name}{SEED}{seed}", label=f"{self.label}, seed {seed}", seed=seed, anchor=None
+        )
 
     def at_rate(self, lr: float) -> Row:
         """This row with another rate in its last training stage, under a name of its own."""
@@ -78,20 +95,29 @@ class Row:
         for described in ("name", "label", "anchor"):
             del own[described]
         # Left out where they say nothing, so that what was measured before they were is still what is described.
-        for name, nothing in (("allocate", "uniform"), ("refine", None), ("refit", False), ("windows", None)):
-            if own[name] == nothing:
+        for name in ("allocate", "refine", "refit", "windows", "cycles", "seed"):
+            if own[name] == getattr(_PLAIN, name):
                 del own[name]
         plain = asdict(Training((), 0.0))
         for training in filter(None, (own["reconstruct"], own["retrain"])):
             for name in ("epochs", "distil", "precision"):
                 if training[name] == plain[name]:
                     del training[name]
-        return {**own, "start": ROWS[self.start]._choices() if self.start else None}
+        return {**own, "start": self.source._choices() if self.source else None}
 
 
+# Between a row's name and its seed.
+SEED = "@seed="
+_PLAIN = Row("", "")
 # Rates without a word in the label are the package's defaults, chosen on validation text.
 KEPT_AND_NORMS, MASK_LORA, NORMS = ("kept", "norms"), ("mask_lora",), ("norms",)
 WANDA_24 = "wanda-2:4"
+
+
+def _default(*trained: str) -> Training:
+    """These parts retrained at their default rate."""
+    return Training(trained, parts.default_rate(parts.RETRAIN_RATES, trained))
+
 
 _ALL = (
     Row("dense", "dense", anchor=Anchor(13.188, 20.889, 0)),
@@ -191,6 +217,40 @@ _ALL = (
         retrain=Training(MASK_LORA, 2e-3),
         start=WANDA_24,
         anchor=Anchor(29.861, 55.075, 934),
+    ),
+    # Not biases, of which the protocol's model has none, nor lora, which never merges.
+    *(
+        Row(f"wanda-2:4-{name}", f"Wanda 2:4 + {label} retrained", retrain=_default(part), start=WANDA_24)
+        for part, name, label in (
+            ("full", "full", "all weights, masked,"),
+            ("head", "head", "LoRA r=16 on the head"),
+            ("lora_prune", "lora-prune", "LoRA-Prune r=16"),
+            ("scale_lora", "scale-lora", "ScaleLoRA r=16"),
+            ("spp", "spp", "SPP r=16"),
+        )
+    ),
+    Row(
+        "wanda-2:4-half-mask-lora-norms",
+        "Wanda 2:4 + half-block reconstruction + MaskLoRA and norms retrained",
+        retrain=_default(*MASK_LORA, *NORMS),
+        start="wanda-2:4-half",
+    ),
+    # At 50 %, since 2:4 has no two patterns between itself and dense. Each beside the same steps after pruning at once.
+    Row(
+        "magnitude-50-full",
+        "magnitude 50 % + all weights, masked, retrained",
+        retrain=_default("full"),
+        start="magnitude-50",
+    ),
+    Row("imp-50", "IMP 50 %: magnitude, all weights, 3 cycles", "magnitude", "0.5", retrain=_default("full"), cycles=3),
+    Row("wanda-50-mask-lora", "Wanda 50 % + MaskLoRA r=16 retrained", retrain=_default(*MASK_LORA), start="wanda-50"),
+    Row(
+        "wanda-50-cycles",
+        "Wanda 50 %, MaskLoRA r=16, 3 cycles",
+        "wanda",
+        "0.5",
+        retrain=_default(*MASK_LORA),
+        cycles=3,
     ),
 )
 _BEST = tuple(

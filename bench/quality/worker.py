@@ -20,9 +20,11 @@ from bench.quality.rows import Row, Training
 from bench.results import write_json
 from perp import machine, manifest, precision
 from perp.blocks import all_prunable
+from perp.iterate import divided, schedule
 from perp.progress import Progress, choose
 from perp.retrain import drawn
 
+# Both are raised by the row's own seed.
 CALIBRATION_SEED, TRAINING_SEED = 0, 1
 STAGES = "all stages"
 
@@ -66,18 +68,10 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
     masks = perp.load_masks(job.start) if job.start else {}
     windows = protocol.training_windows(tokenizer)
     judged = protocol.judged_windows(tokenizer, job.validate)
-    training = row.retrain and perp.RetrainSettings(
-        parts=set(row.retrain.parts),
-        lr=row.retrain.lr,
-        steps=protocol.steps,
-        batch=protocol.batch,
-        seed=TRAINING_SEED,
-        checkpointing=False,  # the same gradients a quarter sooner, in 2 GB more
-        distil=row.retrain.distil,
-        precision=row.retrain.precision,
-    )
+    training = _training(row, protocol)
     if training and row.windows:
         windows = windows[torch.cat(drawn(len(windows), training))]
+    calibration = perp.sample(windows, row.windows or protocol.windows, CALIBRATION_SEED + row.seed)
     retrained = 0.0
 
     started = time.monotonic()
@@ -86,24 +80,14 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
         with precision.narrowed(model, precision.get(training.precision)):
             teacher = perp.Teacher(model, windows, weight=training.distil)
     if row.method:
-        masks = perp.prune_model(
-            model,
-            perp.sample(windows, row.windows or protocol.windows, CALIBRATION_SEED),
-            row.method,
-            row.pattern,
-            reconstruct=row.reconstruct
-            and perp.ReconstructSettings(
-                parts=set(row.reconstruct.parts),
-                lr=row.reconstruct.lr,
-                epochs=row.reconstruct.epochs,
-                precision=row.reconstruct.precision,
-            ),
-            granularity=row.granularity,
-            progress=progress,
-            refine=perp.RefineSettings(row.refine) if row.refine else None,
-            refit=row.refit,
-            allocate=row.allocate,
-        ).masks
+        *earlier, pattern = schedule(row.pattern or "", row.cycles)
+        choice = _choice(row)
+        if training:
+            *before, training = divided(training, row.cycles)
+            perp.prune_retrain(
+                model, calibration, windows, earlier, before, row.method, progress=progress, teacher=teacher, **choice
+            )
+        masks = perp.prune_model(model, calibration, row.method, pattern, progress=progress, **choice).masks
     if training:
         perp.swap_linears(model, masks or _everything(model))
         perp.retrain_model(model, windows, training, progress, teacher)
@@ -124,7 +108,7 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
             pattern=row.pattern or "none",
             masks=masks,
             data=perp.documents(protocol.text).identity,
-            seeds={"calibration": CALIBRATION_SEED, "training": TRAINING_SEED},
+            seeds={"calibration": CALIBRATION_SEED + row.seed, "training": TRAINING_SEED + row.seed},
             settings=row.settings(protocol),
             seconds={STAGES: seconds},
         )
@@ -136,6 +120,40 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
         "retrained": retrained,
         "seconds": seconds,
         "peak_bytes": round(machine.peak() * 1e9),
+    }
+
+
+def _training(row: Row, protocol: Protocol) -> perp.RetrainSettings | None:
+    if row.retrain is None:
+        return None
+    return perp.RetrainSettings(
+        parts=set(row.retrain.parts),
+        lr=row.retrain.lr,
+        steps=protocol.steps,
+        batch=protocol.batch,
+        seed=TRAINING_SEED + row.seed,
+        checkpointing=False,  # the same gradients a quarter sooner, in 2 GB more
+        distil=row.retrain.distil,
+        precision=row.retrain.precision,
+    )
+
+
+def _choice(row: Row) -> dict[str, Any]:
+    """How the row prunes, the method and the pattern aside."""
+    stage = row.reconstruct
+    return {
+        "reconstruct": stage
+        and perp.ReconstructSettings(
+            parts=set(stage.parts),
+            lr=stage.lr,
+            epochs=stage.epochs,
+            precision=stage.precision,
+            seed=CALIBRATION_SEED + row.seed,
+        ),
+        "granularity": row.granularity,
+        "refine": perp.RefineSettings(row.refine) if row.refine else None,
+        "refit": row.refit,
+        "allocate": row.allocate,
     }
 
 

@@ -7,14 +7,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import perp
+from bench import results
 from bench.quality import report
 from bench.quality.__main__ import Bench, in_a_process_of_its_own, main
+from bench.quality.picture import OTHERS, _panels, picture
 from bench.quality.protocol import Protocol
 from bench.quality.rows import ROWS, Row
 from bench.quality.store import Store
 from bench.quality.worker import Job, execute
+from perp import manifest
+from perp.blocks import all_prunable
+from perp.iterate import divided, schedule
 from perp.progress import Silent
 from tests.perp import tiny
 
@@ -83,6 +89,27 @@ def test_settings_hold_all_that_the_model_depends_on() -> None:
     assert replace(row, label="other words", anchor=None).settings(protocol) == settings
 
 
+def test_committed_rows_are_described_as_they_were_measured() -> None:
+    measured = Store(results.FOLDER / "quality-smollm2-135m.json").rows()
+    assert measured
+    for row in measured:
+        assert row["settings"] == ROWS[row["row"]].settings(Protocol()), row["row"]
+
+
+def test_a_seed_raises_that_of_the_start_too() -> None:
+    row, protocol = ROWS["wanda-2:4-mask-lora"], Protocol()
+    assert row.at_seed(0) is row
+    second = row.at_seed(2)
+    assert (second.name, second.source, second.anchor) == (
+        "wanda-2:4-mask-lora@seed=2",
+        ROWS["wanda-2:4"].at_seed(2),
+        None,
+    )
+    settings = second.settings(protocol)
+    assert (settings.pop("seed"), settings["start"].pop("seed")) == (2, 2)
+    assert settings == row.settings(protocol)
+
+
 def test_a_rate_belongs_to_the_last_training_stage() -> None:
     assert ROWS["wanda-2:4-norms"].at_rate(0.5).retrain == replace(ROWS["wanda-2:4-norms"].retrain, lr=0.5)
     assert ROWS["wanda-50-half"].at_rate(0.5).reconstruct == replace(ROWS["wanda-50-half"].reconstruct, lr=0.5)
@@ -118,6 +145,52 @@ def test_rows_make_the_models_they_name(name: str, protocol: Protocol) -> None:
     assert found["zeros"] == (0 if name.startswith("dense") else pytest.approx(0.5, abs=0.01))
     assert (found["retrained"] > 0) == name.startswith("dense")
     assert found["seconds"] > 0
+
+
+@pytest.mark.parametrize("part", ["full", "head", "lora_prune", "scale_lora", "spp"])
+def test_each_mode_retrains_its_own_parameters(part: str, protocol: Protocol) -> None:
+    row = ROWS[f"wanda-2:4-{part.replace('_', '-')}"]
+    found = execute(job(replace(row, start=None), protocol), Silent())
+    model, _ = perp.load(protocol.model)
+    head = model.get_output_embeddings().weight
+    linears = [linear.weight for linear in all_prunable(model).values()]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = {"full": total, "head": 16 * sum(head.shape)}.get(part, 16 * sum(sum(w.shape) for w in linears))
+    assert found["retrained"] == trained / total
+    assert found["perplexity"]["wiki"] != pytest.approx(perp.perplexity(model, _judged(protocol)), rel=1e-6)
+
+
+def _judged(protocol: Protocol) -> torch.Tensor:
+    return protocol.judged_windows(perp.load(protocol.model)[1], False)["wiki"]
+
+
+def test_cycles_divide_the_steps_and_prune_on_the_way(protocol: Protocol) -> None:
+    row, three = ROWS["wanda-50-cycles"], replace(protocol, steps=3)
+    found = execute(job(row, three), Silent())
+    model, tokenizer = perp.load(protocol.model)
+    windows = three.training_windows(tokenizer)
+    training = perp.RetrainSettings(parts={"mask_lora"}, lr=row.retrain.lr, steps=3, batch=protocol.batch)
+    perp.prune_retrain(
+        model, perp.sample(windows, 4, 0), windows, schedule("0.5", 3), divided(training, 3), granularity="block"
+    )
+    judged = three.judged_windows(tokenizer, False)
+    assert found["perplexity"] == {name: perp.perplexity(model, tokens) for name, tokens in judged.items()}
+    at_once = execute(job(replace(row, cycles=1), three), Silent())
+    assert at_once["zeros"] == found["zeros"] == pytest.approx(0.5, abs=0.01)
+    assert at_once["perplexity"] != found["perplexity"]
+
+
+def test_another_seed_makes_other_models_from_a_start_of_its_own(protocol: Protocol, tmp_path: Path) -> None:
+    path, row = tmp_path / "results.json", ROWS["wanda-2:4-norms"]
+    bench = Bench(protocol, Store(path), tmp_path / "cache", measure=lambda job: execute(job, Silent()))
+    for seed in (0, 1):
+        assert bench.run(row.at_seed(seed))
+    rows = {found["row"]: found for found in Store(path).rows()}
+    assert list(rows) == ["wanda-2:4", "wanda-2:4@seed=1", "wanda-2:4-norms", "wanda-2:4-norms@seed=1"]
+    assert rows["wanda-2:4"]["perplexity"] != rows["wanda-2:4@seed=1"]["perplexity"]
+    seeds = [manifest.read(folder)["seeds"] for folder in sorted((tmp_path / "cache" / "tiny").iterdir())]
+    assert seeds == [{"calibration": 0, "training": 1}, {"calibration": 1, "training": 2}]
+    assert not bench.run(row.at_seed(1))
 
 
 def test_a_run_resumes_and_continues_saved_models(protocol: Protocol, tmp_path: Path) -> None:
@@ -169,10 +242,15 @@ def test_a_row_measured_under_other_settings_is_not_there(tmp_path: Path) -> Non
     assert [row["row"] for row in again.rows()] == ["dense", "magnitude-50", "wanda-50@0.1"]
 
 
-def test_tables_and_picture_show_ours_beside_the_anchor(tmp_path: Path) -> None:
-    figures = {"zeros": 0.5, "retrained": 0.00026, "seconds": 70.4, "peak_bytes": 2_500_000_000}
+FIGURES = {"zeros": 0.5, "retrained": 0.00026, "seconds": 70.4, "peak_bytes": 2_500_000_000}
+
+
+def test_tables_show_ours_beside_the_anchor() -> None:
     anchored = {"label": "Wanda", "perplexity": {"wiki": 30.0, "sotu": 50.0}, "anchor": asdict(ROWS["wanda-50"].anchor)}
-    rows = [{**anchored, **figures}, {"label": "own", "perplexity": {"wiki": 5.0}, "anchor": None, **figures}]
+    rows = [
+        {"row": "wanda-50", **anchored, **FIGURES},
+        {"row": "own", "label": "own", "perplexity": {"wiki": 5.0}, "anchor": None, **FIGURES},
+    ]
     lines = report.markdown(rows).splitlines()
     assert lines[2] == (
         "| Wanda | 30.000 | 32.309 | -7.1 % | 50.000 | 45.042 | +11.0 % | 50.00 % | 0.026 % | 70 | 74 | 2.50 GB |"
@@ -180,11 +258,59 @@ def test_tables_and_picture_show_ours_beside_the_anchor(tmp_path: Path) -> None:
     assert lines[3] == "| own | 5.000 |  |  |  |  |  | 50.00 % | 0.026 % | 70 |  | 2.50 GB |"
     assert len({line.count("|") for line in lines}) == 1
     assert report.table(rows).row_count == 2
-    report.picture(rows, tmp_path / "picture.png")
+
+
+def test_seeds_of_a_row_are_one_line_of_their_mean_and_spread() -> None:
+    found = [(0, 27.0, 10.0), (1, 28.0, 20.0), (2, 30.0, 60.0)]
+    base = ROWS["wanda-2:4"]
+    rows = [
+        {
+            **FIGURES,
+            "row": base.at_seed(seed).name,
+            "label": base.at_seed(seed).label,
+            "perplexity": {"wiki": perplexity},
+            "anchor": asdict(base.anchor) if not seed else None,
+            "seconds": seconds,
+            "peak_bytes": 10**9 * (seed + 1),
+        }
+        for seed, perplexity, seconds in found
+    ]
+    # By hand: the mean is 85 / 3, the squares of the distances to it add up to 14 / 3, and n - 1 is 2.
+    assert report.markdown(rows).splitlines()[2] == (
+        "| Wanda 2:4, 3 seeds | 28.333 ± 1.528 | 121.000 | -76.6 % | 50.00 % | 0.026 % | 30 | 74 | 3.00 GB |"
+    )
+    assert "28.000 |" in report.markdown(rows[1:2]).splitlines()[2]
+
+
+def test_the_picture_has_a_panel_for_each_pattern(protocol: Protocol, tmp_path: Path) -> None:
+    names = ["dense", "wanda-2:4", "wanda-2:4-half", "wanda-2:4-norms", "wanda-60", "best-0.7", "best-4:8"]
+    rows = [
+        {
+            **FIGURES,
+            "row": name,
+            "label": ROWS[name].label,
+            "perplexity": {"wiki": 100.0 - number},
+            "anchor": ROWS[name].anchor and asdict(ROWS[name].anchor),
+            "settings": ROWS[name].settings(protocol),
+        }
+        for number, name in enumerate(names)
+    ]
+    panels = {title: [row["row"] for row in of] for title, of in _panels(rows, "wiki").items()}
+    assert panels == {
+        "2:4": ["wanda-2:4-norms", "wanda-2:4-half", "wanda-2:4"],
+        "dense": ["dense"],
+        OTHERS: ["best-4:8", "best-0.7", "wanda-60"],
+    }
+    picture(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_wrong_options_are_refused_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    for options in (["--rows", "nonsense"], ["--lr", "1e-3"], ["--rows", "dense", "--validate", "--lr", "1e-3"]):
+    for options in (
+        ["--rows", "nonsense"],
+        ["--lr", "1e-3"],
+        ["--rows", "dense", "--validate", "--lr", "1e-3"],
+        ["--rows", "dense", "--seeds", "0,-1"],
+    ):
         assert main(options) == 2
         assert capsys.readouterr().err.count("\n") == 1
