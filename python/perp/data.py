@@ -32,7 +32,8 @@ _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?
 class Documents:
     """Texts of one source, in a fixed order.
 
-    `fixed_train` is the number of train documents, from the first, that `split` never moves to validation.
+    Blank ones are among them, since published perplexities join every row of a data set. `fixed_train` is the number of
+    train documents, from the first, that `split` never moves to validation.
     """
 
     name: str
@@ -97,24 +98,24 @@ def documents(source: str | Path) -> Documents:
         )
     else:
         texts = _from_hub(source, hub["path"], hub["config"], hub["split"] or "train")
-    texts = [text for text in texts if text.strip()]
-    if not texts:
+    if not any(text.strip() for text in texts):
         raise UserError(f"{source} is empty: it holds no text at all")
     return Documents(source, texts)
 
 
 def split(source: Documents) -> Split:
-    """Every 20th document is test, the tenth after each of those validation, the rest train.
+    """Of the documents that are not blank every 20th is test, the tenth after each of those validation, the rest train.
 
     With fewer than 20 documents their paragraphs take the documents' place; with fewer than 20 paragraphs the joined
     text is cut by position: 80 % train, then 10 % validation, then 10 % test.
     """
-    if len(source.texts) >= _EVERY:
-        return Split(*_deal(source.texts, source.fixed_train), by="document")
-    paragraphs = [part for text in source.texts for part in re.split(r"\n\s*\n", text) if part.strip()]
+    texts = [text for text in source.texts if text.strip()]
+    if len(texts) >= _EVERY:
+        return Split(*_deal(texts, source.fixed_train), by="document")
+    paragraphs = [part for text in texts for part in re.split(r"\n\s*\n", text) if part.strip()]
     if len(paragraphs) >= _EVERY:
         return Split(*_deal(paragraphs, 0), by="paragraph")
-    text = SEPARATOR.join(source.texts)
+    text = SEPARATOR.join(texts)
     first, second = (_space_after(text, len(text) * tenths // 10) for tenths in (8, 9))
     parts = text[:first], text[first:second], text[second:]
     train, validation, test = ([part] if part.strip() else [] for part in parts)
@@ -169,6 +170,34 @@ def sample(windows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:count]]
+
+
+def document_windows(tokenizer: Any, texts: Sequence[str], seqlen: int, count: int, seed: int) -> torch.Tensor:
+    """`count` windows int64 [count, seqlen], each a random stretch of a random text that is longer than that.
+
+    So do the codes of SparseGPT, Wanda and PERP draw, each text tokenised by itself. Here no text is drawn twice before
+    all were; UserError where none is long enough.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    found: list[torch.Tensor] = []
+    while len(found) < count:
+        before = len(found)
+        for index in torch.randperm(len(texts), generator=generator).tolist():
+            # No token is shorter than a byte.
+            if len(found) == count or len(texts[index].encode()) <= seqlen:
+                continue
+            ids = _tokens(tokenizer, texts[index : index + 1])
+            if len(ids) > seqlen:
+                first = int(torch.randint(len(ids) - seqlen, (), generator=generator))
+                found.append(torch.tensor(ids[first : first + seqlen]))
+        if len(found) == before:
+            raise UserError(
+                f"none of {len(texts)} documents is longer than a window of {seqlen} tokens, to be drawn from; give "
+                "shorter windows (--seqlen), or longer documents, or draw from the joined text (--calibration joined)."
+            )
+    return torch.stack(found)
 
 
 def _documents_for(texts: Sequence[str], characters: int) -> int:

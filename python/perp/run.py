@@ -133,7 +133,10 @@ class Job:
         seqlen = window_length(self.model, job.seqlen)
         enough = max(count, job.steps * job.batch if job.retrain else 0)
         self.training = data.training_windows(self.tokenizer, texts.train, seqlen, enough)
-        self.calibration = data.sample(self.training, count, job.seed)
+        if job.calibration == "documents":
+            self.calibration = data.document_windows(self.tokenizer, texts.train, seqlen, count, job.seed)
+        else:
+            self.calibration = data.sample(self.training, count, job.seed)
         if len(self.calibration) < count:
             warnings.warn(
                 f"the text gives {len(self.training)} windows of {seqlen} tokens, fewer than {count}.", stacklevel=2
@@ -212,7 +215,7 @@ class Job:
 
     def check_tokens(self) -> None:
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        highest = max(int(tokens.max()) for tokens in (self.training, *self.held_out.values()))
+        highest = max(int(tokens.max()) for tokens in (self.training, self.calibration, *self.held_out.values()))
         if highest >= vocabulary:
             raise UserError(
                 f"the tokenizer of {self.job.model} gives token {highest} where the model has {vocabulary} "

@@ -20,6 +20,7 @@ from perp.retrain import RetrainSettings
 from perp_kernels import Pattern
 
 COMPARE = ("pruned", "dense-retrained")
+CALIBRATION = ("joined", "documents")
 _COUNTS = ("windows", "seqlen", "eval_windows", "refine_steps", "epochs", "reconstruct_batch", "steps", "batch", "rank")
 
 # What gives the best quality for the time: on a model of 135M parameters at 2:4, perplexity 20.8 where Wanda with
@@ -39,8 +40,9 @@ class RunSettings:
     `compare` the further lines measured: "pruned" (no recovery) and "dense-retrained" (the dense model trained on the
     same text). Learning rates left at None are those that suit the parts. `distil` and `temperature` are those of
     `RetrainSettings`, `precision` that of both kinds of training; `keep_adapters` saves adapters that do not merge
-    (lora) beside the pruned model. `data` is judged on its test part, `eval_data` whole. `packed` writes the packed
-    file beside the plain model. `resume` writes down what is done, and goes on from what an interrupted job left
+    (lora) beside the pruned model. `data` is judged on its test part, `eval_data` whole. `calibration` draws windows of
+    the "joined" text, or of single "documents" that are longer (`perp.data.document_windows`). `packed` writes the
+    packed file beside the plain model. `resume` writes down what is done, and goes on from what an interrupted job left
     (`perp.stages`).
     `stream` keeps one block at a time in memory, and always goes on with an unfinished run (`perp.streamed_run`); None
     leaves it to the plan, by the memory that may be used: `gpu_memory`, `cpu_memory` such as "20GB" (None: what is
@@ -79,6 +81,7 @@ class RunSettings:
     data: str = "demo"
     eval_data: tuple[str, ...] = ()
     windows: int | None = None
+    calibration: str = "joined"
     seqlen: int | None = None
     eval_windows: int = 32
     compare: tuple[str, ...] = ("pruned",)
@@ -160,6 +163,7 @@ def check(settings: RunSettings, weights: bool = True) -> Pattern:
         ("reconstruct parts", settings.reconstruct_parts, UNIT_PARTS),
         ("retrain", settings.retrain, PARTS),
         ("compare", settings.compare, COMPARE),
+        ("calibration", [settings.calibration], CALIBRATION),
     ):
         if unknown := sorted(set(given) - set(known)):
             raise UserError(f"{name} cannot be {unknown[0]!r}; choose among {', '.join(known)}.")

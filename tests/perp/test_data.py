@@ -32,9 +32,9 @@ def test_every_kind_of_file_gives_its_texts(tmp_path):
     parquet(tmp_path / "c.parquet", {"text": ["five", None, "six"]})
     (tmp_path / "notes.csv").write_text("not,read\n")
     assert documents(tmp_path / "a.txt").texts == ["one\n\ntwo\n"]
-    assert documents(tmp_path / "b.jsonl").texts == ["three\u2028", "four"]
+    assert documents(tmp_path / "b.jsonl").texts == ["three\u2028", "four", " "]
     assert documents(tmp_path / "c.parquet").texts == ["five", "six"]
-    assert documents(tmp_path).texts == ["one\n\ntwo\n", "three\u2028", "four", "five", "six"]
+    assert documents(tmp_path).texts == ["one\n\ntwo\n", "three\u2028", "four", " ", "five", "six"]
 
 
 def test_a_raw_line_separator_inside_a_json_string_does_not_end_the_line(tmp_path):
@@ -128,6 +128,24 @@ def test_identity_tells_texts_apart_that_join_alike():
 )
 def test_labels_are_short(name, label):
     assert Documents(name, []).label == label
+
+
+def test_windows_of_documents_lie_within_one_and_short_ones_give_none():
+    words, seqlen = tiny.tokenizer(), 96
+    texts = [tiny.article(number, sentences=1 + number % 6) for number in range(30)]
+    ids = [words(text, add_special_tokens=False)["input_ids"] for text in texts]
+    long = [own for own in ids if len(own) > seqlen]
+    assert 0 < len(long) < len(ids)
+
+    found = data.document_windows(words, texts, seqlen, count=2 * len(long), seed=3)
+    assert found.shape == (2 * len(long), seqlen)
+    places = {tuple(own[i : i + seqlen]): number for number, own in enumerate(long) for i in range(len(own) - seqlen)}
+    drawn = [places[tuple(window.tolist())] for window in found]
+    assert sorted(drawn[: len(long)]) == sorted(drawn[len(long) :]) == list(range(len(long)))
+    assert found.equal(data.document_windows(words, texts, seqlen, 2 * len(long), seed=3))
+    assert not found.equal(data.document_windows(words, texts, seqlen, 2 * len(long), seed=4))
+    with pytest.raises(UserError, match="none of 30 documents is longer"):
+        data.document_windows(words, texts, max(map(len, ids)), 1, seed=0)
 
 
 def test_split_deals_documents_by_their_number():

@@ -213,6 +213,15 @@ def run(
     windows: Annotated[
         int | None, count("--windows", help="Calibration windows.", panel=TEXT, show_default=GPU_WINDOWS)
     ] = None,
+    calibration: Annotated[
+        str,
+        option(
+            "--calibration",
+            help="What they are drawn from: the joined text, or, as in the papers, single documents longer than they.",
+            panel=TEXT,
+            metavar="NAME",
+        ),
+    ] = "joined",
     seqlen: Seqlen = None,
     eval_windows: Annotated[int, count("--eval-windows", help="Windows to judge on.", panel=TEXT)] = 32,
     seed: Annotated[int, count("--seed", help="Seed of every random choice.", panel=TEXT)] = 0,
@@ -288,6 +297,7 @@ def run(
         data=data,
         eval_data=tuple(eval_data or ()),
         windows=windows,
+        calibration=calibration,
         seqlen=seqlen,
         eval_windows=eval_windows,
         compare=names(compare),
