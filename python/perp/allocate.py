@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from perp.blocks import Calls, find_blocks, outputs, prunable, run_block
+from perp.blocks import find_blocks, prunable
 from perp.errors import UserError
 from perp.progress import Progress
+from perp.residence import Residence, Resident
 from perp.statistics import Statistics, collect
 from perp_kernels import Pattern, PatternError
 
@@ -72,20 +73,23 @@ def _scores(weight: Tensor, read: Statistics) -> Tensor:
 
 
 @torch.no_grad()
-def owl(model: PreTrainedModel, windows: Tensor, pattern: Pattern, progress: Progress) -> list[Pattern]:
+def owl(
+    model: PreTrainedModel, windows: Tensor, pattern: Pattern, progress: Progress, residence: Residence | None = None
+) -> list[Pattern]:
     """The pattern of each block of the dense model, by the Wanda scores of its linears on these windows."""
+    residence = residence or Resident()
     prefix, blocks = find_blocks(model)
-    calls, ratios, weights = Calls(model, windows), [], []
+    calls, ratios, weights = residence.calls(model, windows), [], []
     progress.stage("outliers", len(blocks))
     for index, block in enumerate(blocks):
-        linears, arguments = prunable(block, f"{prefix}.{index}"), partial(calls.arguments, index)
-        read = collect(block, linears, calls.hidden, arguments, "norms")
-        scores = [_scores(linear.weight, read[name]) for name, linear in linears.items()]
-        ratios.append(outlier_ratio(scores))
-        weights.append(sum(score.numel() for score in scores))
-        if index + 1 < len(blocks):
-            for window, output in enumerate(outputs(partial(run_block, block), calls.hidden, arguments)):
-                calls.hidden[window] = output
+        with residence.enter(index):
+            linears = prunable(block, f"{prefix}.{index}")
+            read = collect(block, linears, calls.hidden, partial(calls.arguments, index), "norms")
+            scores = [_scores(linear.weight, read[name]) for name, linear in linears.items()]
+            ratios.append(outlier_ratio(scores))
+            weights.append(sum(score.numel() for score in scores))
+            if index + 1 < len(blocks):
+                calls.advance(index)
         progress.unit(f"{prefix}.{index}")
     progress.done()
     return [Pattern(None, None, share, pattern.scope) for share in spread(ratios, weights, pattern.sparsity)]

@@ -6,7 +6,7 @@ OUT/perp/masks.safetensors  the masks: `perp.masks`
 OUT/perp/packed.safetensors the pruned linears packed, if asked for: `perp.packed`
 OUT/perp/adapter/           adapters that were kept unmerged: `perp.adapter_files`
 OUT/perp/staging/           only while saving
-OUT/perp/unfinished/        what an interrupted run can go on from, if asked for: `perp.stages`
+OUT/perp/run.json           what an unfinished run is to go on from, with OUT/perp/stage-NAME/: `perp.record`
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from perp.linear import SparseLinear
 from perp.lock import LOCK
 from perp.models import check_finite, quiet, save_weights
 
-STAGING, UNFINISHED = Path("perp", "staging"), Path("perp", "unfinished")
+STAGING = Path("perp", "staging")
 MASKS = Path("perp", "masks.safetensors")
 PACKED = packed_files.PACKED
 
@@ -82,9 +82,9 @@ def check_output(out: str | Path, overwrite: bool = False, needed: int = 0) -> N
         )
 
 
-def size(model: nn.Module, packed: bool = False, resume: bool = False) -> int:
+def size(model: nn.Module, packed: bool = False, stages: int = 0) -> int:
     """The bytes of a model's weights on the disk, at most, with those of its packed file and of its finished stages."""
-    return sum(parameter.nbytes for parameter in model.parameters()) * (1 + packed + resume)
+    return sum(parameter.nbytes for parameter in model.parameters()) * (1 + packed + stages)
 
 
 def save(
@@ -190,7 +190,7 @@ def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
 def _is_empty(out: Path) -> bool:
     entries = {entry.name for entry in out.iterdir()}
     if entries == {"perp"}:
-        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name, UNFINISHED.name, LOCK.name}
+        return {entry.name for entry in (out / "perp").iterdir()} <= {STAGING.name, LOCK.name}
     # A save killed while moving its files has moved every one of them but config.json.
     unfinished = (out / STAGING).exists() and not (out / "config.json").exists()
     return not entries or (unfinished and entries <= {"perp", *(file.name for file in _model_files(out))})

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, MutableMapping
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perp import allocate as allocation
 from perp.errors import UserError
 from perp.pruners import Pruner, magnitude
-from perp.refine import Refined, RefineSettings
+from perp.refine import RefineSettings
 from perp.refine import refine as improve
+from perp.refine.watch import Refinement
 from perp.statistics import Kind, Statistics
 from perp.units import Unit
 from perp_kernels import Pattern, PatternError, masked_refit
@@ -50,35 +50,34 @@ class Choice:
         self.needs: Kind | None = "gram" if refine or refit else pruner.NEEDS
         self.held_out: Collection[int] = ()
         self.masks = masks
-        self.refined: dict[str, Refined] = {}
+        self.refined: dict[str, Refinement] = {}
         self.unread: list[str] = []
 
     def prune(self, unit: Unit, statistics: Mapping[str, Statistics], pattern: Pattern) -> None:
-        """Prune the unit's linears in place; of the projection of several experts, each expert's matrix by itself."""
-        for name, linear in unit.linears.items():
-            read = statistics.get(name)
-            if linear.weight.ndim == 2:
-                self.masks[name] = self._prune(name, linear.weight, read, pattern)
-            else:
-                own = [
-                    self._prune(f"{name}[{e}]", weight, read and read.of_expert(e), pattern)
-                    for e, weight in enumerate(linear.weight)
-                ]
-                self.masks[name] = torch.stack(own)
+        """Prune the unit's linears; of the projection of several experts, each expert's matrix by itself.
 
-    def _prune(self, name: str, weight: Tensor, read: Statistics | None, pattern: Pattern) -> Tensor:
-        """Prune one matrix in place; its mask."""
+        A pruned weight is new memory: the old one may be mapped from a file, and would stay in memory for a copy.
+        """
+        for name, linear in unit.linears.items():
+            read, weight = statistics.get(name), linear.weight
+            if weight.ndim == 2:
+                weight.data, mask = self._prune(name, weight, read, pattern)
+            else:
+                new, masks = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), []
+                for e, dense in enumerate(weight):
+                    new[e], own = self._prune(f"{name}[{e}]", dense, read and read.of_expert(e), pattern)
+                    masks.append(own)
+                weight.data, mask = new, torch.stack(masks)
+            self.masks[name] = mask
+
+    def _prune(self, name: str, weight: Tensor, read: Statistics | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """One matrix pruned, and its mask on the CPU."""
         if self.needs and not (read and read.tokens):
             self.unread.append(name)
             new, mask = magnitude.prune(weight, None, pattern)
         else:
             new, mask = self._choose(name, weight, read, pattern)
-        if isinstance(weight, nn.Parameter):
-            # Not copied into the old one, which may be mapped from a file and would stay in memory for the copy.
-            weight.data = new
-        else:
-            weight.copy_(new)
-        return mask.cpu()
+        return new, mask.cpu()
 
     def _choose(self, name: str, dense: Tensor, read: Statistics | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
         pooled = read.pooled() if read else None
@@ -86,7 +85,7 @@ class Choice:
         if self.refine and read:
             held_out = read.held_out.sums if read.held_out and read.held_out.tokens else None
             found = improve(dense, mask, read.sums, pattern, self.refine, held_out)
-            mask, self.refined[name] = found.mask, replace(found, mask=found.mask.cpu())
+            mask, self.refined[name] = found.mask, found.figures
             weight = dense.masked_fill(~mask, 0)
         if self.refit and pooled:
             weight = masked_refit(dense, mask, pooled.sums, damp=DAMP)

@@ -79,6 +79,19 @@ def opened(model: nn.Module) -> Iterator[None]:
             close(module)
 
 
+@contextmanager
+def closed(model: nn.Module) -> Iterator[None]:
+    """All experts modules of `model` closed; those that were open are open again at the end."""
+    modules = [module for module in model.modules() if is_open(module)]
+    for module in modules:
+        close(module)
+    try:
+        yield
+    finally:
+        if modules:
+            open_experts(model)
+
+
 def open_experts(model: nn.Module, names: Iterable[str] | None = None) -> list[nn.Module]:
     """Open the experts modules of `model` (those that hold a projection of these qualified names), and return them."""
     found = []

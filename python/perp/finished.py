@@ -1,19 +1,20 @@
 """The finished blocks and units of one pass over a model, in a directory of its own: what a second run goes on from.
 
-block-00003.safetensors        a finished block, its tensors named as in the model's files
+block-00003.safetensors        a finished block, its tensors named as in the model's files if it was streamed, else as
+                               in the block
 block-00003.masks.safetensors  its masks: `perp.masks`
-block-00003.json               checksums of both, and the losses of its units; written last: then the block counts
+block-00003.json               checksums of both, and the figures of its units; written last: then the block counts
 unit-NAME.safetensors          a finished unit of the block in hand: weights "LAYER.weight" by their names in the block,
-                               masks "mask:LAYER"; metadata "perp-unit": a JSON object of their shapes and the loss
+                               masks "mask:LAYER"; metadata "perp-unit": a JSON object of their shapes and its figures
+patterns.json                  the pattern of each block, where they are not alike
+retrain.pt                     the training that follows: `perp.resume`
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from torch import Tensor
 from perp import masks as mask_files
 from perp import shards
 from perp.errors import UserError
+from perp.figures import Figures
 from perp.files import commit, write_json
-from perp.reconstruct import Losses
+from perp_kernels import Pattern, PatternError
 
 _UNIT = "perp-unit"
 _MASK = "mask:"
+_PATTERNS = "patterns.json"
 
 
 class Finished:
@@ -40,11 +43,29 @@ class Finished:
         self.made = 0
         self._verified: set[int] = set()
 
+    @property
+    def training(self) -> Path:
+        """The file of the training that follows."""
+        return self.directory / "retrain.pt"
+
+    def patterns(self) -> list[Pattern] | None:
+        """The pattern of each block, if they were written."""
+        path = self.directory / _PATTERNS
+        if not path.exists():
+            return None
+        try:
+            return [Pattern.parse(text) for text in json.loads(path.read_text(encoding="utf-8"))]
+        except (OSError, ValueError, TypeError, AttributeError, PatternError) as error:
+            raise UserError(f"{path} is damaged; delete it and run again.") from error
+
+    def write_patterns(self, patterns: Sequence[Pattern]) -> None:
+        write_json([str(pattern) for pattern in patterns], self.directory / _PATTERNS)
+
     def has_block(self, index: int) -> bool:
         return self._block(index, ".json").exists()
 
     def write_block(
-        self, index: int, write: Callable[[Path], None], masks: Mapping[str, Tensor], losses: Mapping[str, Losses]
+        self, index: int, write: Callable[[Path], None], masks: Mapping[str, Tensor], figures: Figures
     ) -> None:
         """`write(path)` writes the block's weights as a file that is whole or absent."""
         weights, bits = self._block(index), self._block(index, ".masks.safetensors")
@@ -54,7 +75,7 @@ class Finished:
         commit(written, bits)
         told = {
             "checksums": [shards.checksum(weights), shards.checksum(bits)],
-            "losses": {name: _to_json(loss) for name, loss in losses.items()},
+            **figures.to_json(),
         }
         write_json(told, self._block(index, ".json"))
         self._verified.add(index)
@@ -76,21 +97,18 @@ class Finished:
         self._verify(index)
         return self._block(index)
 
-    def losses(self, index: int) -> dict[str, Losses]:
-        """Those of the block's units that were reconstructed, by name."""
-        return {name: _from_json(told) for name, told in self._about(index)["losses"].items()}
+    def figures(self, index: int) -> Figures:
+        """Those of the block's units and linears."""
+        return Figures.from_json(self._about(index))
 
     def has_unit(self, name: str) -> bool:
         return self._unit(name).exists()
 
     def write_unit(
-        self, name: str, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], losses: Losses | None
+        self, name: str, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], figures: Figures
     ) -> None:
         """A finished unit of a block that is not finished."""
-        about = {
-            "shapes": {layer: list(mask.shape) for layer, mask in masks.items()},
-            "loss": losses and _to_json(losses),
-        }
+        about = {"shapes": {layer: list(mask.shape) for layer, mask in masks.items()}, **figures.to_json()}
         tensors = {layer: weight.detach().cpu().contiguous() for layer, weight in weights.items()}
         tensors |= {f"{_MASK}{layer}": mask_files.pack(mask)[0] for layer, mask in masks.items()}
         path = self._unit(name)
@@ -99,8 +117,8 @@ class Finished:
         commit(written, path)
         self.made += 1
 
-    def read_unit(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Losses | None]:
-        """The weights by their names in the block, the masks by qualified name of the layer, and the losses."""
+    def read_unit(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Figures]:
+        """The weights by their names in the block, the masks by qualified name of the layer, and the figures."""
         try:
             with safe_open(self._unit(name), framework="pt") as file:
                 about = json.loads(file.metadata()[_UNIT])
@@ -109,8 +127,8 @@ class Finished:
                 layer: mask_files.unpack(tensors.pop(f"{_MASK}{layer}"), tuple(shape))
                 for layer, shape in about["shapes"].items()
             }
-            return tensors, masks, about["loss"] and _from_json(about["loss"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            return tensors, masks, Figures.from_json(about)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(f"{self._unit(name)} is damaged ({error}); delete it and run again.") from error
 
     def forget_unit(self, name: str) -> None:
@@ -137,7 +155,10 @@ class Finished:
         path = self._block(index, ".json")
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
-            _ = about["checksums"][1], about["losses"].items()
+            weights, masks = about["checksums"]
+            if not all(type(checksum) is int for checksum in (weights, masks)):
+                raise TypeError("checksums are integers")
+            Figures.from_json(about)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged; delete it and run again.") from error
         return about
@@ -163,12 +184,3 @@ class Masks(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.bits)
-
-
-def _to_json(losses: Losses) -> dict[str, Any]:
-    return {name: value if value is None or math.isfinite(value) else None for name, value in asdict(losses).items()}
-
-
-def _from_json(told: Mapping[str, Any]) -> Losses:
-    after = math.nan if told["after"] is None else told["after"]
-    return Losses(told["before"], after, told["restored"], told["unmerged"])

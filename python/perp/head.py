@@ -56,12 +56,25 @@ def merge(model: nn.Module) -> list[str]:
     """
     heads = adapted(model)
     for name, head in heads.items():
-        others = [module for module in model.modules() if module is not head]
-        tied = any(own is head.weight for module in others for own in module.parameters(recurse=False))
+        tied = _is_tied(model, head)
         replace_module(model, name, head.merged(in_place=not tied))
         if tied:
             _untie(model)
     return list(heads)
+
+
+def replace_weight(model: Any, weight: torch.Tensor) -> None:
+    """Give the head of `model` this weight of its own, untied from an embedding that it shares."""
+    head = model.get_output_embeddings()
+    tied = _is_tied(model, head)
+    head.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
+    if tied:
+        _untie(model)
+
+
+def _is_tied(model: nn.Module, head: Any) -> bool:
+    others = [module for module in model.modules() if module is not head]
+    return any(own is head.weight for module in others for own in module.parameters(recurse=False))
 
 
 def _untie(model: Any) -> None:

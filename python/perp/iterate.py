@@ -12,12 +12,14 @@ from torch import Tensor
 from perp.adapters import merge
 from perp.distil import Teacher
 from perp.errors import UserError
+from perp.finished import Finished
 from perp.linear import swap_linears, unswap
 from perp.modes import MODES
 from perp.parts import adapter_mode
 from perp.progress import Progress
 from perp.prune import Pruned, prune_model
 from perp.reconstruct import ReconstructSettings
+from perp.residence import Recorded
 from perp.retrain import RetrainSettings, retrain
 from perp_kernels import Pattern
 
@@ -80,19 +82,26 @@ def prune_retrain(
     granularity: str | int = "half-block",
     progress: Progress | None = None,
     teacher: Teacher | None = None,
+    stages: Sequence[Finished] | None = None,
     **choice: Any,
 ) -> list[Pruned]:
     """Prune `model` to each of the patterns in turn, and retrain it on `windows` after each; what each pruning gave.
 
     What is zero scores lowest, so that magnitude and Wanda never revive a weight; SparseGPT, which moves all weights,
-    may. Adapters are merged at the end of each cycle. `choice`: the further keywords of `prune_model`.
+    may. Adapters are merged at the end of each cycle. `stages`, one for each cycle, take what is finished, and a second
+    call goes on from them. `choice`: the further keywords of `prune_model`.
     """
     found = []
-    for pattern, settings in zip(patterns, trainings, strict=True):
-        pruned = prune_model(model, calibration, method, pattern, reconstruct, granularity, progress, **choice)
+    for cycle, (pattern, settings) in enumerate(zip(patterns, trainings, strict=True)):
+        residence, checkpoint = None, None
+        if stages:
+            residence, checkpoint = Recorded(model, stages[cycle]), stages[cycle].training
+        pruned = prune_model(
+            model, calibration, method, pattern, reconstruct, granularity, progress, residence, **choice
+        )
         found.append(pruned)
         swap_linears(model, pruned.masks)
-        retrain(model, windows, settings, progress, teacher)
+        retrain(model, windows, settings, progress, teacher, checkpoint)
         merge(model)
         unswap(model)
     return found

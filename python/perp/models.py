@@ -26,7 +26,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from perp.errors import UserError
 
@@ -156,6 +156,11 @@ def source(name: str) -> str:
         return str(demo.model_dir())
     path = Path(name).expanduser()
     return str(path) if path.exists() else name
+
+
+def directory(name: str) -> Path:
+    """Where the files of the model `name` are, which has been loaded."""
+    return Path(cached_file(source(name), "config.json")).parent
 
 
 def _check_directory(path: Path, weights: bool) -> None:

@@ -93,12 +93,15 @@ class AdamW:
         self.taken += 1
         return total
 
-    def state(self) -> dict[str, Any]:
-        """All that another AdamW over the same parameters needs to go on from here: tensors, shared, and numbers."""
+    def state(self, moments: bool = True) -> dict[str, Any]:
+        """All that another AdamW over the same parameters needs to go on from here: tensors, shared, and numbers.
+
+        Without `moments` it can only take over the parameters.
+        """
         return {
             "taken": self.taken,
             "scale": self.scale,
-            "adam": self.adam.state_dict(),
+            "adam": self.adam.state_dict() if moments else None,
             "masters": [master.detach() for master in self.masters],
         }
 
@@ -106,7 +109,8 @@ class AdamW:
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave, parameters included."""
         self.taken, self.scale = state["taken"], state["scale"]
-        self.adam.load_state_dict(state["adam"])
+        if state["adam"] is not None:
+            self.adam.load_state_dict(state["adam"])
         for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
             master.copy_(saved)
             if master is not parameter:

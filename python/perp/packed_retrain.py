@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perp import manifest, packed_model, parts, streamed_save
-from perp.adapters import attach, merge
+from perp import head, manifest, packed_model, streamed_save
+from perp.adapters import merge
+from perp.errors import UserError
+from perp.experts import opened
 from perp.files import commit
 from perp.finished import Finished, Masks
-from perp.linear import SparseLinear
+from perp.linear import SparseLinear, swap_linears
 from perp.parts import count_trainable
 from perp.progress import Progress
 from perp.residence import put
@@ -51,37 +53,37 @@ def retrain(
     outside = stage.directory / _OUTSIDE
     if not (outside.exists() and all(map(stage.has_block, range(count)))):
         model = _packed(stream, before, tokenizer, base, settings)
-        _train(model, windows, settings, progress, stage.directory)
+        train(model, windows, settings, progress, checkpoint=stage.training)
         trained = count_trainable(model)
-        names = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        merge(model)
-        _write({name: model.get_parameter(name) for name in names if not _inside(stream, name)}, outside, trained)
-        with stream.reading(before.tensors):
+        names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        own = [name for name in names if not _inside(stream, name) and "lora_" not in name]
+        own += [f"{name}.weight" for name in merge(model) if not _inside(stream, name)]
+        _write({name: model.get_parameter(name) for name in own}, outside, trained)
+        with opened(stream.model), stream.reading(before.tensors):
             for index in range(count):
                 if not stage.has_block(index):
                     _write_block(stream, model, index, before, stage)
         del model
     shutil.rmtree(base, ignore_errors=True)
-    adopt_outside(stream, stage)
-    with safe_open(outside, framework="pt") as file:
-        counted, total = json.loads(file.metadata()[_TRAINED])
-        return counted, total
+    return adopt_outside(stream, stage)
 
 
-def _train(model: Any, windows: Tensor, settings: RetrainSettings, progress: Progress, directory: Path) -> None:
-    """Train, or take what an earlier process has trained to the end."""
-    done = directory / "trained.safetensors"
-    if not done.exists():
-        train(model, windows, settings, progress, checkpoint=directory / "steps.pt")
-        names = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        _write({name: model.get_parameter(name) for name in names}, done, count_trainable(model))
-        return
-    if mode := parts.adapter_mode(settings.parts):
-        attach(model, mode, settings.r, settings.alpha, settings.seed)
-    parts.select_trainable(model, settings.parts)
-    with safe_open(done, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            model.get_parameter(name).data = file.get_tensor(name).clone()
+def adopt_outside(stream: Stream, stage: Finished) -> tuple[int, int]:
+    """Give the model what was trained outside its blocks, the last norm above all; what `retrain` returned."""
+    path = stage.directory / _OUTSIDE
+    try:
+        with safe_open(path, framework="pt") as file:
+            counted, total = json.loads(file.metadata()[_TRAINED])
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name).clone()
+                parameter = stream.model.get_parameter(name)
+                if parameter is stream.model.get_output_embeddings().weight:
+                    head.replace_weight(stream.model, tensor)
+                else:
+                    parameter.data = tensor
+            return int(counted), int(total)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged; delete it and run again.") from error
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path, trained: tuple[int, int]) -> None:
@@ -91,20 +93,16 @@ def _write(tensors: Mapping[str, Tensor], path: Path, trained: tuple[int, int]) 
     commit(written, path)
 
 
-def adopt_outside(stream: Stream, stage: Finished) -> None:
-    """Give the model what was trained outside its blocks, the last norm above all."""
-    with safe_open(stage.directory / _OUTSIDE, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            stream.model.get_parameter(name).data = file.get_tensor(name).clone()
-
-
 def _packed(stream: Stream, before: Finished, tokenizer: Any, base: Path, settings: RetrainSettings) -> Any:
     """The model on its packed weights, by way of a directory whose shards are links to those of the stage."""
     masks = before.all_masks(len(stream.blocks))
     about = manifest.build(method="", pattern="", parts=settings.parts, masks=masks, data={}, seeds={})
     streamed_save.save(stream, before, tokenizer, base, about, packed=True)
     dtype = str(stream.model.dtype).removeprefix("torch.")
-    return packed_model.load_weights(base, dtype, str(stream.device))
+    model = packed_model.load_weights(base, dtype, str(stream.device))
+    # The packed file has no experts: theirs are packed here, one projection at a time.
+    swap_linears(model, {name: mask for name, mask in masks.items() if mask.ndim == 3}, "bitmap")
+    return model
 
 
 def _inside(stream: Stream, name: str) -> bool:
@@ -122,4 +120,6 @@ def _write_block(stream: Stream, model: Any, index: int, before: Finished, stage
             if isinstance(module, SparseLinear):
                 own = {"weight": module.sparse_weight.unpack(), **({"bias": own["bias"]} if "bias" in own else {})}
             put(block.get_submodule(name), own)
-        stage.write_block(index, lambda path: stream.write(index, path), Masks(before.masks(index)), {})
+        stage.write_block(
+            index, lambda path: stream.write(index, path), Masks(before.masks(index)), before.figures(index)
+        )

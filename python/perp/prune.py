@@ -22,6 +22,7 @@ from perp.blocks import Arguments, ArgumentsOf, Calls, all_prunable, find_blocks
 from perp.choice import Choice, check
 from perp.errors import UserError
 from perp.experts import opened, routers
+from perp.figures import Figures
 from perp.flow import Flow, run
 from perp.granularity import Granularity
 from perp.models import check_finite
@@ -29,7 +30,8 @@ from perp.parts import WEIGHTS, trainable
 from perp.progress import Progress, Silent
 from perp.reconstruct import Losses, ReconstructSettings
 from perp.reconstruct import reconstruct as fit
-from perp.refine import Refined, RefineSettings
+from perp.refine import RefineSettings
+from perp.refine.watch import Refinement
 from perp.residence import Residence, Resident
 from perp.spans import Matrix, Span, matrices, spans
 from perp.statistics import Statistics, collect
@@ -43,13 +45,13 @@ class Pruned:
 
     `masks`: by qualified name of the linear, bool [out, in] on the CPU, True = kept. `losses`: by name of the unit, of
     those that were reconstructed. `seconds`: wall-clock time. `refined`: by name of the linear, what refining its mask
-    did to its error on the windows held out; its mask is in `masks`. `shares`: of zeros, by block, where they differ.
+    did to its error on the windows held out. `shares`: of zeros, by block, where they differ.
     """
 
     masks: Mapping[str, Tensor]
     losses: dict[str, Losses]
     seconds: float
-    refined: dict[str, Refined] = field(default_factory=dict)
+    refined: dict[str, Refinement] = field(default_factory=dict)
     shares: list[float] = field(default_factory=list)
 
 
@@ -79,37 +81,40 @@ def prune_model(
 
     Each block is fed by the pruned blocks before it, unless the settings ask for dense inputs. One pass with its dense
     weights gives the statistics of all its linears; then each unit in turn is pruned and, with `reconstruct`, fitted to
-    its target. `residence`: where blocks and activations are, for those not in memory; units that it has from an
-    earlier run are not computed again, and a unit is a block or half of one. The model is put in eval mode. What can be
-    refused is refused before any weight changes: UserError, or PatternError for a layer whose inputs do not divide by
-    M.
+    its target. `residence`: where blocks and activations are, and what is written down; units that it has from an
+    earlier run are not computed again. The model is put in eval mode. What can be refused is refused before any weight
+    changes: UserError, or PatternError for a layer whose inputs do not divide by M.
     """
     started = time.monotonic()
     pruner, pattern = pruners.resolve(method, pattern)
     size = Granularity.parse(granularity) if reconstruct else Granularity("block")
     check(method, pattern, refine, refit, allocate)
     residence, progress = residence or Resident(), progress or Silent()
-    streamed = not isinstance(residence, Resident)
-    if streamed and size.name not in ("block", "half-block"):
-        raise UserError(f"a streamed model cannot be reconstructed by {size}; choose block or half-block.")
-    if streamed and allocate == "owl":
-        raise UserError("owl compares all blocks before it prunes one, and a streamed model has one; choose uniform.")
     choice = Choice(pruner, refine, refit, residence.masks)
+    shares = allocate == "owl"
+
+    def done(figures: Figures, patterns: Sequence[Pattern]) -> Pruned:
+        told = [float(one.sparsity) for one in patterns] if shares else []
+        return Pruned(choice.masks, figures.losses, time.monotonic() - started, figures.refined, told)
+
     with opened(model.eval()):
         _check(model, pattern, reconstruct, size)
-        patterns, calls = [pattern] * len(find_blocks(model)[1]), None
-        if choice.needs or reconstruct or allocate == "owl":
+        count = len(find_blocks(model)[1])
+        calls, patterns = None, [pattern] * count
+        if choice.needs or reconstruct or shares:
             if windows is None:
                 raise UserError(f"{method} needs windows of calibration text here; give some.")
             choice.held_out = refine.windows(len(windows)) if refine else ()
-            if allocate == "owl":
-                patterns = allocation.owl(model, windows, pattern, progress)
-            calls = residence.calls(model, windows)
+            if shares:
+                patterns = residence.patterns(partial(allocation.owl, model, windows, pattern, progress, residence))
+            if not residence.complete(count):
+                calls = residence.calls(model, windows)
+        if residence.complete(count):
+            return done(residence.adopt(count), patterns)
         job = _Job(choice, patterns, reconstruct, calls, residence)
         job.run(model, windows, size, progress)
     choice.report(method)
-    shares = [float(pattern.sparsity) for pattern in patterns] if allocate == "owl" else []
-    return Pruned(choice.masks, job.losses, time.monotonic() - started, choice.refined, shares)
+    return done(job.figures, patterns)
 
 
 def _check(
@@ -156,7 +161,7 @@ class _Job:
         self.residence = residence
         how = {"inputs": settings.inputs, "targets": settings.targets} if settings else {}
         self.flow = Flow(calls.hidden if calls else [], states=residence.states, **how)
-        self.losses: dict[str, Losses] = {}
+        self.figures = Figures(refined=choice.refined)
 
     def run(self, model: PreTrainedModel, windows: Tensor | None, size: Granularity, progress: Progress) -> None:
         """Prune all blocks, and reconstruct them by units of this size."""
@@ -164,9 +169,12 @@ class _Job:
         progress.stage("prune", len(blocks))
         if size.blocks != 1:
             for span in spans(model, size.blocks):
-                self.span(span, last=span.indices.stop == len(blocks))
+                with ExitStack() as entered:
+                    for index in span.indices:
+                        entered.enter_context(self.residence.enter(index))
+                    self.span(span, last=span.indices.stop == len(blocks))
                 for index in span.indices:
-                    progress.unit(f"{prefix}.{index}", **self.figures([span]))
+                    progress.unit(f"{prefix}.{index}", **self.told([span]))
             progress.done()
             return
         unit = "half-block" if size.name == "half-block" else "block"
@@ -174,7 +182,9 @@ class _Job:
             last, self.pattern = index + 1 == len(blocks), self.patterns[index]
             if self.calls is None:
                 for one in parts:
-                    if not self.residence.has(one):
+                    if self.residence.has(one):
+                        self._restore(one)
+                    else:
                         self.choice.prune(one, {}, self.pattern)
             elif size.name == "matrix":
                 alone = matrices(parts[0])
@@ -182,8 +192,8 @@ class _Job:
                 parts = [*alone]
             else:
                 self.block(parts, partial(self.calls.arguments, index), last)
-            self.residence.leave(index, parts, self.losses)
-            progress.unit(f"{prefix}.{index}", **self.figures(parts))
+            self.residence.leave(index, parts, self.figures.of(parts))
+            progress.unit(f"{prefix}.{index}", **self.told(parts))
         progress.done()
 
     def block(self, parts: Sequence[Unit], arguments: ArgumentsOf, last: bool) -> None:
@@ -193,7 +203,7 @@ class _Job:
         known = {unit.name for unit in parts if self.residence.has(unit)}
         if not self.settings:
             if known:
-                self.residence.restore(parts[0])
+                self._restore(parts[0])
             else:
                 self.choice.prune(parts[0], self._statistics(parts, arguments), self.pattern)
             if not last:
@@ -215,15 +225,14 @@ class _Job:
                 given = targets.pop(unit.name)
                 self.fit(unit, flow.hidden, given, arguments)
                 if unit is not parts[-1]:  # which is kept with the block
-                    self.residence.keep(unit, self.losses.get(unit.name))
+                    self.residence.keep(unit, self.figures.of([unit]))
             if chained and not (last and unit is parts[-1]):
                 flow.follow(unit, given, arguments)
         if not chained and not last:
             self._join(whole, after, arguments)
 
     def _restore(self, unit: Unit) -> None:
-        if losses := self.residence.restore(unit):
-            self.losses[unit.name] = losses
+        self.figures.add(self.residence.restore(unit))
 
     def _states(self, given: Iterable[Tensor]) -> MutableSequence[Tensor]:
         """These activations, put where activations are kept."""
@@ -232,17 +241,24 @@ class _Job:
     def matrices(self, parts: Sequence[Matrix], arguments: ArgumentsOf, last: bool) -> None:
         """Prune the linears of a block and fit each to its own output, in order."""
         flow, block = self.flow, parts[0].block
-        statistics = self._statistics(parts, arguments)
+        known = {unit.name for unit in parts if self.residence.has(unit)}
+        statistics = self._statistics(parts, arguments) if len(known) < len(parts) else {}
         dense = copy.deepcopy(block) if flow.keeps_targets else block
         for unit in parts:
-            inputs = list(unit.reads(dense if flow.dense_inputs else block, flow.hidden, arguments))
+            if unit.name in known:
+                self._restore(unit)
+                continue
+            inputs = self._states(unit.reads(dense if flow.dense_inputs else block, flow.hidden, arguments))
             taught = inputs if flow.dense is None else unit.reads(dense, flow.dense, arguments)
-            targets = list(outputs(unit, taught, arguments))
+            targets = self._states(outputs(unit, taught, arguments))
             self.choice.prune(unit, statistics, self.pattern)
             if inputs:
                 self.fit(unit, inputs, targets, arguments)
+            if unit is not parts[-1]:  # which is kept with the block
+                self.residence.keep(unit, self.figures.of([unit]))
         if not last:
-            after = list(outputs(partial(run_block, dense), flow.taught, arguments)) if flow.keeps_targets else None
+            whole = partial(run_block, dense)
+            after = self._states(outputs(whole, flow.taught, arguments)) if flow.keeps_targets else None
             self._join(partial(run_block, block), after, arguments)
 
     def span(self, span: Span, last: bool) -> None:
@@ -253,22 +269,33 @@ class _Job:
         def arguments(ids: Sequence[int]) -> list[Arguments]:
             return [calls.arguments(index, ids) for index in span.indices]
 
-        targets = None if flow.dense_inputs else list(outputs(span, flow.taught, arguments))
-        path = list(flow.hidden)
+        if all(map(self.residence.has, span.parts)):
+            targets = self._states(outputs(span, flow.taught, arguments)) if flow.keeps_targets and not last else None
+            for unit in span.parts:
+                self._restore(unit)
+            if not last:
+                given = self._states(outputs(span, flow.hidden, arguments)) if targets is None else targets
+                flow.follow(span, given, arguments)
+        else:
+            targets = None if flow.dense_inputs else self._states(outputs(span, flow.taught, arguments))
+            path = self._states(flow.hidden)
+            for index, unit in zip(span.indices, span.parts, strict=True):
+                own, self.pattern = partial(calls.arguments, index), self.patterns[index]
+                statistics = self._statistics([unit], own, path)
+                if flow.dense_inputs:
+                    run(unit, path, own)
+                self.choice.prune(unit, statistics, self.pattern)
+                if self.choice.needs and not flow.dense_inputs:
+                    run(unit, path, own)
+            given = path if targets is None else targets
+            del path
+            self.fit(span, flow.hidden, given, arguments)
+            if not last:
+                flow.follow(span, given, arguments)
         for index, unit in zip(span.indices, span.parts, strict=True):
-            own, self.pattern = partial(calls.arguments, index), self.patterns[index]
-            statistics = self._statistics([unit], own, path)
-            if flow.dense_inputs:
-                run(unit, path, own)
-            self.choice.prune(unit, statistics, self.pattern)
-            if self.choice.needs and not flow.dense_inputs:
-                run(unit, path, own)
-        if targets is None:
-            targets = path
-        del path
-        self.fit(span, flow.hidden, targets, arguments)
-        if not last:
-            flow.follow(span, targets, arguments)
+            # The last of its blocks makes the span finished: it has the figures of all.
+            own_figures = self.figures.of([span]) if index == span.indices[-1] else Figures()
+            self.residence.leave(index, [unit], own_figures)
 
     def fit(
         self,
@@ -280,7 +307,9 @@ class _Job:
         """Fit a pruned unit, if it has anything pruned."""
         if unit.linear_names and self.settings:
             keep = self.flow.keeps_targets
-            self.losses[unit.name] = fit(unit, self.choice.masks, inputs, targets, arguments, self.settings, keep)
+            self.figures.losses[unit.name] = fit(
+                unit, self.choice.masks, inputs, targets, arguments, self.settings, keep
+            )
 
     def _join(
         self, block: Callable[..., Tensor], after: MutableSequence[Tensor] | None, arguments: ArgumentsOf
@@ -321,9 +350,9 @@ class _Job:
                 taps.enter_context(unit.tapped(partial(_keep, targets[unit.name]), self.flow.hidden[0].shape))
             return self._statistics(parts, arguments), targets
 
-    def figures(self, parts: Sequence[Unit]) -> dict[str, float]:
+    def told(self, parts: Sequence[Unit]) -> dict[str, float]:
         """The mean losses of the block's units, for the progress."""
-        losses = [self.losses[unit.name] for unit in parts if unit.name in self.losses]
+        losses = [*self.figures.of(parts).losses.values()]
         if not losses:
             return {}
         before, after = (

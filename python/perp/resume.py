@@ -1,4 +1,7 @@
-"""Where a training is taken up again: what trained, its moments, the step and the random generators, in one file."""
+"""Where a training is taken up again: what trained, its moments, the step and the random generators, in one file.
+
+The file of a training that has ended has no moments, and gives what was trained.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from perp.errors import UserError
+from perp.files import commit
 from perp.optim import AdamW
 
 if TYPE_CHECKING:
@@ -20,6 +24,18 @@ if TYPE_CHECKING:
 
 # A step lost costs what a write costs many times over, but a laptop's disk is not to be kept busy.
 SECONDS = 120.0
+
+# What reading a file that this module did not write may raise.
+_DAMAGED = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    pickle.UnpicklingError,
+)
 
 # Numbers of each tensor that tell one model from another.
 _SAMPLE = 64
@@ -40,41 +56,36 @@ class Checkpoint:
             return []
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            known = state["identity"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            if state["identity"] == self.identity:
+                optimiser.resume(state["optimiser"])
+                torch.set_rng_state(state["random"])
+                if self.device.type == "cuda":
+                    torch.cuda.set_rng_state(state["random of the device"], self.device)
+                return [float(loss) for loss in state["losses"]]
+        except _DAMAGED as error:
             raise UserError(f"{self.path} is damaged; delete it to train from the beginning.") from error
-        if known != self.identity:
-            raise UserError(f"{self.path} is of another training; delete it, or give another file.")
-        optimiser.resume(state["optimiser"])
-        torch.set_rng_state(state["random"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random of the device"], self.device)
-        return list(state["losses"])
+        raise UserError(f"{self.path} is of another training; delete it, or give another file.")
 
-    def write(self, optimiser: AdamW, losses: list[float]) -> None:
-        """Write the file anew if it is time to: beside it first, so that there is always a whole one."""
-        if time.monotonic() - self.written < SECONDS:
+    def write(self, optimiser: AdamW, losses: list[float], ended: bool = False) -> None:
+        """Write the file anew if it is time to, or the training has ended: beside it first, so that one is whole."""
+        if not ended and time.monotonic() - self.written < SECONDS:
             return
         device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_name(f".unfinished-{self.path.name}")
         state = {
             "identity": self.identity,
-            "optimiser": optimiser.state(),
+            "optimiser": optimiser.state(moments=not ended),
             "losses": losses,
             "random": torch.get_rng_state(),
             "random of the device": device,
         }
         try:
             torch.save(state, unfinished)
-            unfinished.replace(self.path)
+            commit(unfinished, self.path)
         finally:
             unfinished.unlink(missing_ok=True)
         self.written = time.monotonic()
-
-    def remove(self) -> None:
-        """The training is done."""
-        self.path.unlink(missing_ok=True)
 
 
 def _identity(model: Any, windows: Tensor, settings: RetrainSettings) -> str:

@@ -73,9 +73,9 @@ def retrain(
     attached where the parts name a mode and none are there, and are left for `perp.adapters.merge`; what trained keeps
     requires_grad. The same settings on the same machine's CPU repeat bitwise.
 
-    With `checkpoint`, a file, the training is written down every few minutes and goes on from there when it is called
-    again the same way, to the same bits; the file is gone at the end. UserError for windows that are no token ids of
-    this model, a checkpoint of another training and, with step and rate, for a loss that is not finite.
+    With `checkpoint`, a file, the training is written down every few minutes and at its end, and goes on from there
+    when it is called again the same way, to the same bits. UserError for windows that are no token ids of this model, a
+    checkpoint of another training and, with step and rate, for a loss that is not finite.
     """
     settings, progress = settings or RetrainSettings(), progress or Silent()
     _check(model, windows, settings, teacher)
@@ -95,9 +95,10 @@ def retrain(
         loss = WindowLoss(model, teacher if settings.distil else None)
         if saved:
             losses = saved.resume(optimiser)
-        progress.stage("retrain", settings.steps - len(losses))
+        left = drawn(len(windows), settings)[len(losses) :]
+        progress.stage("retrain", len(left))
         started, tokens = time.monotonic(), 0
-        for order in drawn(len(windows), settings)[len(losses) :]:
+        for order in left:
             share = 1 / (len(order) * (windows.shape[1] - 1))
             micro = [
                 partial(loss, windows[part].to(model.device), share, part.tolist())
@@ -108,9 +109,7 @@ def retrain(
             speed = tokens / (time.monotonic() - started)
             progress.unit(f"step {len(losses)}", **{"loss": losses[-1], "tokens/s": speed})
             if saved:
-                saved.write(optimiser, losses)
-    if saved:
-        saved.remove()
+                saved.write(optimiser, losses, ended=len(losses) == settings.steps)
     progress.done()
     return losses
 

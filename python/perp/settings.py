@@ -41,12 +41,10 @@ class RunSettings:
     same text). Learning rates left at None are those that suit the parts. `distil` and `temperature` are those of
     `RetrainSettings`, `precision` that of both kinds of training; `keep_adapters` saves adapters that do not merge
     (lora) beside the pruned model. `data` is judged on its test part, `eval_data` whole. `calibration` draws windows of
-    the "joined" text, or of single "documents" that are longer (`perp.data.document_windows`). `packed` writes the
-    packed file beside the plain model. `resume` writes down what is done, and goes on from what an interrupted job left
-    (`perp.stages`).
-    `stream` keeps one block at a time in memory, and always goes on with an unfinished run (`perp.streamed_run`); None
-    leaves it to the plan, by the memory that may be used: `gpu_memory`, `cpu_memory` such as "20GB" (None: what is
-    free).
+    the "joined" text, or of single "documents" that are longer (`perp.data.document_windows`). `overwrite` replaces
+    what is in `out`, also an unfinished run, which otherwise is gone on with (`perp.record`). `packed` writes the
+    packed file beside the plain model. `stream` keeps one block at a time in memory (`perp.streamed_run`); None leaves
+    it to the plan, by the memory that may be used: `gpu_memory`, `cpu_memory` such as "20GB" (None: what is free).
     """
 
     model: str
@@ -91,7 +89,6 @@ class RunSettings:
     trust_remote_code: bool = False
     overwrite: bool = False
     packed: bool = False
-    resume: bool = False
     stream: bool | None = None
     gpu_memory: str | None = None
     cpu_memory: str | None = None
@@ -243,7 +240,8 @@ def demo(out: Path) -> list[RunSettings]:
             eval_windows=8,
             compare=COMPARE,
             device="cpu",
-            overwrite=(place / manifest.NAME).exists(),
+            # What is unfinished is gone on with.
+            overwrite=(place / manifest.NAME).exists() and not record.unfinished(place),
         )
         for pattern, place in places.items()
     ]

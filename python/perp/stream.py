@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import cached_file
 
 from perp import models, shards
 from perp.activations import InMemory
 from perp.blocks import Calls, find_blocks
 from perp.errors import UserError
-from perp.experts import is_fused
+from perp.experts import closed, is_open, open_experts
 from perp.files import commit
 from perp.models import WEIGHTS, check_finite, quiet, save_weights
 from perp.shards import Shards
@@ -54,10 +53,8 @@ class Stream:
         self.model.__class__ = self._kind
         self.prefix, self.blocks = without.prefix, without.blocks
         self._put(self.blocks.eval())
-        if any(is_fused(module) for module in self.blocks.modules()):
-            raise UserError(f"{name} has fused experts, which cannot be streamed yet; pass --no-stream.")
         check_finite(self.model, name)
-        self.directory = Path(cached_file(source, "config.json")).parent
+        self.directory = models.directory(name)
         self.shards = Shards(self.directory)
         self._own: dict[int, list[str]] = {}
         for key in self.shards:
@@ -75,7 +72,10 @@ class Stream:
 
     @contextmanager
     def enter(self, index: int) -> Iterator[None]:
-        """Has block `index` in memory for the duration; it may be entered again while it is."""
+        """Has block `index` in memory for the duration; it may be entered again while it is.
+
+        Where the model's experts are open (`perp.experts`), so are those of the block.
+        """
         if index in self._shells:
             yield
             return
@@ -110,8 +110,9 @@ class Stream:
         staging = path.with_name(f".{path.name}.new")
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            # In one file whatever its size: what is cut in several has names of its own.
-            save_weights(self._shells[index], staging, max_shard_size=1 << 62)
+            with closed(self._in_shell(index)):
+                # In one file whatever its size: what is cut in several has names of its own.
+                save_weights(self._shells[index], staging, max_shard_size=1 << 62)
             commit(staging / WEIGHTS, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -125,7 +126,7 @@ class Stream:
             self._put(self.blocks)
 
     def load(self, index: int, tensors: Mapping[str, Any]) -> nn.Module:
-        """Block `index` of these tensors, as a module of its own."""
+        """Block `index` of these tensors, as a module of its own; its experts are open where the model's are."""
         return self._load(index, tensors).get_submodule(f"{self.prefix}.{index}")
 
     @contextmanager
@@ -163,6 +164,8 @@ class Stream:
             )
         if missing := sorted(key for key in report["missing_keys"] if key.startswith(f"{self.prefix}.")):
             raise UserError(f"{self.name} lacks {missing[0]}; use a complete checkpoint.")
+        if any(map(is_open, self.blocks[index].modules())):
+            open_experts(shell)
         return shell.eval().to(self.device)
 
 

@@ -1,138 +1,87 @@
-"""The whole job on a model that is never in memory as a whole, and that a second run goes on with."""
+"""The whole job on a model that is never in memory as a whole."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-import perp
-from perp import checkpoints, models, packed_retrain, record, report, shards, streamed_save
+from perp import checkpoints, models, packed_retrain, record, report, streamed_save
 from perp.activations import Place
 from perp.blocks import Calls, prunable
+from perp.distil import Teacher
 from perp.errors import UserError
 from perp.evaluate import perplexity
 from perp.finished import Finished, Masks
+from perp.job import Job, count_kept
 from perp.modes import MODES
 from perp.parts import adapter_mode, trainable
-from perp.prune import prune_model
-from perp.reconstruct import ReconstructSettings
-from perp.report import Report, Row
+from perp.prune import Pruned
+from perp.report import Row
 from perp.residence import Streamed
-from perp.run import Job, count_kept
 from perp.settings import RunSettings
 from perp.stream import Stream
 
 
 class StreamedJob(Job):
-    """`made`: the blocks and units that this process has finished."""
-
     def __init__(self, job: RunSettings, *others: Any) -> None:
         _check(job)
-        self.made = 0
         super().__init__(job, *others)
-        self.record = self._record()
 
     def load(self) -> None:
+        """Once: the blocks that are pruned are written elsewhere."""
         job = self.job
-        self.tokenizer = models.load_tokenizer(job.model, job.trust_remote_code)
-        self.stream = Stream(job.model, job.dtype, self.device, job.trust_remote_code)
-        self.model = self.stream.model
+        if not hasattr(self, "stream"):
+            self.tokenizer = models.load_tokenizer(job.model, job.trust_remote_code)
+            self.stream = Stream(job.model, job.dtype, self.device, job.trust_remote_code)
+            self.model, self.directory = self.stream.model, self.stream.directory
 
     def check_output(self) -> None:
         job = self.job
         overwrite = job.overwrite or record.unfinished(job.out)
         checkpoints.check_output(job.out, overwrite, checkpoints.size(self.model, job.packed))
 
-    def run(self, dense: Sequence[Row]) -> Report:
-        job = self.job
-        rows = list(dense) or [self.known(report.DENSE, lambda: self.row(report.DENSE))]
-        if "pruned" in job.compare and job.reconstruct != "none":
-            stage = self.stage(report.PRUNED)
-            rows.append(self.known(report.PRUNED, partial(self.pruned, stage, None)))
-            shutil.rmtree(stage.directory)
-        last = report.PRUNED if job.reconstruct == "none" else report.RECONSTRUCTED
-        self.last = self.stage(last)
-        rows.append(self.known(last, partial(self.pruned, self.last, job.for_reconstruct)))
-        if job.retrain:
-            self.last, before = self.stage(report.RETRAINED), self.last
-            rows.append(self.known(report.RETRAINED, partial(self.retrained, before, self.last)))
-            packed_retrain.adopt_outside(self.stream, self.last)
-        found = self.finish(rows, self.masks(self.last))
-        record.forget(job.out)
-        return found
+    def residence(self, stage: Finished) -> Streamed:
+        return Streamed(self.stream, stage, self.place(len(self.calibration)))
 
-    def known(self, stage: str, make: Callable[[], Row]) -> Row:
-        """The row, from an earlier process or made now."""
-        row = self.record.row(stage)
-        if row is None:
-            row = make()
-            self.record.add(row)
-        return row
+    def holding(self, stage: Finished) -> AbstractContextManager[None]:
+        return self.stream.reading(stage.tensors)
 
-    def stage(self, name: str) -> Finished:
-        return Finished(record.stage(self.job.out, name))
-
-    def masks(self, stage: Finished) -> Masks:
+    def masks(self, stage: Finished, pruned: Pruned | None = None) -> Masks:
         return stage.all_masks(len(self.stream.blocks))
 
-    def pruned(self, stage: Finished, reconstruct: ReconstructSettings | None) -> Row:
-        job = self.job
+    def judge(self) -> tuple[dict[str, float], float]:
+        return judge(self.stream, self.held_out, self.place, self.progress)
+
+    def reconstructed_count(self, masks: Mapping[str, Tensor]) -> tuple[int, int]:
+        # A single matrix has no norms.
+        parts = set(self.job.reconstruct_parts) - ({"norms"} if self.job.reconstruct == "matrix" else set())
+        return trained_count(self.stream, masks, parts, self.job.rank)
+
+    def retrain(self, pruned: Finished, masks: Mapping[str, Tensor], teacher: Teacher | None) -> list[Row]:
+        settings, stage = self.job.for_retrain, self.stage(report.RETRAINED)
+        assert settings is not None
         with self.cost() as cost:
-            prune_model(
-                self.model,
-                self.calibration,
-                job.method,
-                self.pattern,
-                reconstruct=reconstruct,
-                granularity="block" if job.reconstruct == "none" else job.reconstruct,
-                progress=self.progress,
-                residence=Streamed(self.stream, stage, self.place(len(self.calibration))),
-                refine=job.for_refine,
-                refit=job.refit,
+            trained = packed_retrain.retrain(
+                self.stream, pruned, stage, self.tokenizer, self.training, settings, self.progress
             )
         self.made += stage.made
-        with self.stream.reading(stage.tensors):
-            if reconstruct is None:
-                return self.row(report.PRUNED, cost)
-            trained = trained_count(self.stream, self.masks(stage), reconstruct.parts, job.rank)
-            return self.row(report.RECONSTRUCTED, cost, trained)
-
-    def retrained(self, before: Finished, stage: Finished) -> Row:
-        job = self.job
-        assert job.for_retrain is not None
-        with self.cost() as cost:
-            share = packed_retrain.retrain(
-                self.stream, before, stage, self.tokenizer, self.training, job.for_retrain, self.progress
-            )
-        with self.stream.reading(stage.tensors):
-            return self.row(report.RETRAINED, cost, share)
+        with self.holding(stage):
+            return [self.known(report.RETRAINED, partial(self.row, report.RETRAINED, cost, trained))]
 
     def place(self, count: int) -> Place:
         """Where the hidden states of so many windows are kept."""
         return Place(self.plan.activations, count, self.job.out / "perp")
 
-    def judge(self) -> tuple[dict[str, float], float]:
-        return judge(self.stream, self.held_out, self.place, self.progress)
-
     def save(self, content: dict[str, Any], masks: Mapping[str, Tensor]) -> None:
         job = self.job
-        streamed_save.save(self.stream, self.last, self.tokenizer, job.out, content, job.packed)
-
-    def _record(self) -> record.Record:
-        files = {**self.stream.shards.identity(), "config.json": shards.checksum(self.stream.directory / "config.json")}
-        told = {**vars(self.job), "text": self.identity}
-        versions = {
-            "perp": perp.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        return record.Record(self.job.out, told, files, versions, self.job.overwrite)
+        last = report.RETRAINED if job.retrain else report.PRUNED if job.reconstruct == "none" else report.RECONSTRUCTED
+        streamed_save.save(self.stream, self.stage(last), self.tokenizer, job.out, content, job.packed)
 
 
 @torch.no_grad()
@@ -176,7 +125,8 @@ def trained_count(stream: Stream, masks: Mapping[str, Tensor], parts: Collection
         if "kept" in parts:
             trained += int(mask.sum())
         if adapter_mode(parts):
-            trained += rank * sum(mask.shape)
+            *experts, outputs, inputs = mask.shape
+            trained += rank * math.prod(experts) * (outputs + inputs)
     return trained, sum(weight.numel() for weight in stream.model.parameters())
 
 
@@ -186,10 +136,9 @@ def _check(job: RunSettings) -> None:
     for refused, what in (
         (job.retrain and "dense-retrained" in job.compare, "retrain the dense model; leave dense-retrained out"),
         (job.cycles > 1, "prune in cycles; pass --cycles 1"),
-        (job.allocate != "uniform", "spread zeros over all blocks before it prunes one; pass --allocate uniform"),
         (bool(job.retrain) and job.distil > 0, "distil, which needs the dense model beside it; pass --distil 0"),
         (bool(inexact & set(job.retrain)), "retrain adapters that lose something when merged; retrain mask_lora"),
-        (bool({"kept", "full", "head"} & set(job.retrain)), "retrain all weights; retrain mask_lora, norms or biases"),
+        (bool({"kept", "full"} & set(job.retrain)), "retrain all weights; retrain mask_lora, norms, biases or head"),
     ):
         if refused:
             raise UserError(f"a streamed run cannot {what}, or pass --no-stream where the model fits in memory.")

@@ -87,4 +87,6 @@ def _write_packed(stream: Stream, stage: Finished, masks: Masks, path: Path) -> 
                 here[:] = [index]
             return stream.model.get_submodule(name).weight.detach()
 
-        packed_files.write(path, masks, weight, lambda name: masks[name].to(stream.device))
+        # As of a model in memory: the experts' are not packed.
+        names = [name for name, (_, shape) in masks.bits.items() if len(shape) == 2]
+        packed_files.write(path, names, weight, lambda name: masks[name].to(stream.device))

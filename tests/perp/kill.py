@@ -1,7 +1,8 @@
-"""`python -m tests.perp.kill`: a streamed run killed (SIGKILL) at random moments, until it ends by itself.
+"""`python -m tests.perp.kill`: a run killed (SIGKILL) at random moments and begun again, until it ends by itself.
 
-Prints what each process had to make, and fails unless the output is bitwise that of a run left alone and no process
-made a unit again that was finished.
+In memory (two cycles of pruning, each retrained) and streamed (pruned, then retrained over packed weights). Prints what
+each process had to make, and fails unless the output is bitwise that of a run left alone and no process made a unit or
+took a step again that was written down.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from typing import Any
 
 import torch
 
-from perp import run, streamed_run  # noqa: F401  all of it once, for the processes to come
+from perp import planning, report, resume, run
 from perp.finished import Finished
 from perp.settings import RunSettings
 
 from . import families, tiny
+
+KINDS = ("memory", "streamed")
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -47,13 +50,20 @@ def model_of(directory: Path, blocks: int) -> Path:
     return directory / "model"
 
 
-def job(model: Path, text: Path, out: Path) -> int:
+def hurry(put: Callable[[Any, str, Any], None]) -> None:
+    """Leave out what takes a short run longest: pictures, and measuring the machine for its plan."""
+    put(report, "picture", lambda reports, path: path.touch())
+    put(planning, "measure", lambda device, shape: planning.Rates(1e11, 1e10, 1e9))
+
+
+def job(model: Path, text: Path, out: Path, kind: str) -> int:
     """One run in a process forked from this one, which has everything imported; its process id."""
     child = os.fork()
     if child:
         return child
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        hurry(setattr)
         noted(out.with_name(f"{out.name}.log"))
         settings = RunSettings(
             model=str(model),
@@ -61,13 +71,16 @@ def job(model: Path, text: Path, out: Path) -> int:
             data=str(text),
             pattern="2:4",
             epochs=2,
-            retrain=(),
+            steps=4,
+            batch=1,
+            cycles=2 if kind == "memory" else 1,
+            schedule="linear",
             compare=("pruned",),
             windows=4,
             seqlen=32,
             eval_windows=2,
             device="cpu",
-            stream=True,
+            stream=kind == "streamed",
         )
         run.run(settings)
         os._exit(0)
@@ -76,7 +89,7 @@ def job(model: Path, text: Path, out: Path) -> int:
 
 
 def noted(log: Path) -> None:
-    """Have this process write a line for every unit and block that it has finished, once it is on the disk."""
+    """Have this process write a line for every unit, block and step that it has finished, once it is on the disk."""
 
     def and_note(own: Callable[..., None]) -> Callable[..., None]:
         def write(stage: Finished, what: str | int, *others: Any) -> None:
@@ -88,11 +101,19 @@ def noted(log: Path) -> None:
 
     for name in ("write_unit", "write_block"):
         setattr(Finished, name, and_note(getattr(Finished, name)))
+    resume.SECONDS = 0.0
+    write = resume.Checkpoint.write
+
+    def step(self: resume.Checkpoint, optimiser: Any, losses: list[float], ended: bool = False) -> None:
+        write(self, optimiser, losses, ended)
+        with log.open("a") as file:
+            file.write(f"{self.path.parent.name} step {len(losses)}\n")
+
+    resume.Checkpoint.write = step
 
 
-def finished_units(out: Path) -> int:
-    """Blocks and units that are written, in all stages."""
-    return len([*out.glob("perp/stage-*/block-*.json")]) + len([*out.glob("perp/stage-*/unit-*.safetensors")])
+def written(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
 
 
 def main() -> int:
@@ -100,34 +121,41 @@ def main() -> int:
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--blocks", type=int, default=4)
+    options.add_argument("--kind", choices=KINDS, action="append")
     asked = options.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        directory = Path(place)
-        model, text = model_of(directory, asked.blocks), tiny.text_file(directory)
-        started = time.monotonic()
-        assert os.waitpid(job(model, text, directory / "alone"), 0)[1] == 0
-        alone = time.monotonic() - started
-        draw = random.Random(asked.seed)
-        kills = 0
-        while kills < asked.kills:
-            child = job(model, text, directory / "out")
-            # Anywhere in what one process would still have to do, or a little beyond.
-            time.sleep(draw.uniform(0, 1.1 * alone))
-            os.kill(child, signal.SIGKILL)
-            if os.waitpid(child, 0)[1] == 0:  # it had ended by itself
-                if compare(directory):
-                    return 1
-                shutil.rmtree(directory / "out")
-                (directory / "out.log").unlink()
-                continue
-            kills += 1
-            print(f"kill {kills}: {finished_units(directory / 'out')} units and blocks written", flush=True)
-        status = os.waitpid(job(model, text, directory / "out"), 0)[1]
-        if status:
-            print("the last run failed", file=sys.stderr)
-            return 1
-        return compare(directory)
+        model, text = model_of(Path(place), asked.blocks), tiny.text_file(Path(place))
+        return max(
+            killed(Path(place, kind), model, text, kind, asked.kills, random.Random(asked.seed))
+            for kind in asked.kind or KINDS
+        )
+
+
+def killed(directory: Path, model: Path, text: Path, kind: str, kills: int, draw: random.Random) -> int:
+    """Kill and begin again so often, each time that the run ends by itself from the start; 0 if all is the same."""
+    directory.mkdir()
+    out = directory / "out"
+    started = time.monotonic()
+    assert os.waitpid(job(model, text, directory / "alone", kind), 0)[1] == 0
+    alone, done = time.monotonic() - started, 0
+    while done < kills:
+        child = job(model, text, out, kind)
+        # Anywhere in what one process would still have to do, or a little beyond.
+        time.sleep(draw.uniform(0, 1.1 * alone))
+        os.kill(child, signal.SIGKILL)
+        if os.waitpid(child, 0)[1] == 0:  # it had ended by itself
+            if compare(directory):
+                return 1
+            shutil.rmtree(out)
+            (directory / "out.log").unlink()
+            continue
+        done += 1
+        print(f"{kind}, kill {done}: {written(directory / 'out.log')} units, blocks and steps written", flush=True)
+    if os.waitpid(job(model, text, out, kind), 0)[1]:
+        print("the last run failed", file=sys.stderr)
+        return 1
+    return compare(directory)
 
 
 def compare(directory: Path) -> int:

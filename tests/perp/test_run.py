@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import perp
-from perp import data, report, run
+from perp import data, job, record, report, resident_run, run
 from perp.checkpoints import load_masks
 from perp.errors import UserError
 from perp.report import Row
@@ -175,13 +175,9 @@ def test_the_manifest_tells_the_sizes_that_were_used(settings, tmp_path):
 def test_judged_text_is_never_trained_on(settings, tmp_path, monkeypatch):
     """Every token that calibration, reconstruction or training sees comes from the train part."""
     seen: list[torch.Tensor] = []
-    prune_model, retrain = run.prune_model, run.retrain
-    monkeypatch.setattr(
-        run, "prune_model", lambda m, windows, *a, **k: seen.append(windows) or prune_model(m, windows, *a, **k)
-    )
-    monkeypatch.setattr(
-        run, "retrain", lambda m, windows, *a, **k: seen.append(windows) or retrain(m, windows, *a, **k)
-    )
+    for owner, name in ((job, "prune_model"), (resident_run, "retrain")):
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda m, ids, *a, own=own, **k: seen.append(ids) or own(m, ids, *a, **k))
     run.run(replace(settings, compare=COMPARE, out=tmp_path / "out"))
     words = tiny.tokenizer()
     train = data.windows(words, data.split(data.documents(settings.data)).train, 16).tolist()
@@ -196,14 +192,15 @@ def test_further_text_is_judged_whole_under_its_own_name(settings, tmp_path):
     assert found.texts == ["articles", "other"]
 
 
-def test_nothing_is_written_where_pruning_fails(settings, tmp_path, monkeypatch):
+def test_no_model_is_written_where_pruning_fails(settings, tmp_path, monkeypatch):
     def fail(*arguments, **named):
         raise UserError("on purpose")
 
-    monkeypatch.setattr(run, "prune_model", fail)
+    monkeypatch.setattr(job, "prune_model", fail)
     with pytest.raises(UserError, match="on purpose"):
         run.run(replace(settings, out=tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["perp"]
+    assert record.unfinished(tmp_path / "out")
 
 
 def test_fewer_windows_than_asked_for_are_told(settings, tmp_path):

@@ -1,8 +1,5 @@
 import json
 import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from perp import checkpoints, models, packed_model, record, report, resume, run
+from perp import checkpoints, models, packed_model, report, run
+from perp.activations import Place
 from perp.errors import UserError
-from perp.finished import Finished
 from perp.lock import LOCK, locked
-from perp.optim import AdamW
 from perp.settings import RunSettings
 from perp.streamed_run import StreamedJob
 
 from . import families, tiny
-from .kill import hashes
+from .kill import hurry
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hurry():
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -90,116 +93,88 @@ def test_the_packed_file_is_that_of_a_run_in_memory(settings, tmp_path):
     packed_model.load_packed(tmp_path / "True")
 
 
-def test_retraining_streams_over_the_packed_weights(settings, tmp_path):
+@pytest.mark.parametrize(
+    "family, tied, retrain",
+    [
+        ("llama", False, ("mask_lora", "norms")),
+        ("llama", True, ("mask_lora", "norms", "head")),
+        ("opt", False, ("spp", "biases", "head")),
+        ("mixtral", False, ("mask_lora", "norms")),
+        ("gpt-oss", False, ("mask_lora", "head")),
+    ],
+)
+def test_retraining_streams_over_the_packed_weights(family, tied, retrain, settings, tmp_path):
     """The same training as in memory, to rounding: there the weights are dense, here packed."""
-    job = replace(settings, retrain=("mask_lora", "norms"), steps=3, batch=2, compare=(), reconstruct="none")
+    model = tiny.model_dir(tmp_path, family, dtype=torch.bfloat16, tie_word_embeddings=tied)
+    job = replace(settings, model=str(model), retrain=retrain, steps=3, batch=2, compare=(), reconstruct="none")
     rows = [run.run(replace(job, out=tmp_path / str(stream), stream=stream)).rows for stream in (True, False)]
     assert [row.stage for row in rows[0]] == [report.DENSE, report.PRUNED, report.RETRAINED]
-    assert rows[0][-1].trained == rows[1][-1].trained
+    assert rows[0][-1].parameters == rows[1][-1].parameters
     assert rows[0][-1].zeros == rows[1][-1].zeros == 0.5
     (ours, _), (whole, _) = (models.load(str(tmp_path / str(stream))) for stream in (True, False))
-    before, _ = models.load(settings.model)
+    before, _ = models.load(str(model))
     for name, weight in whole.state_dict().items():
         moved = (weight - before.state_dict()[name]).float().norm()
         assert (ours.state_dict()[name] - weight).float().norm() <= 0.05 * moved, name
-    assert not torch.equal(ours.model.norm.weight, before.model.norm.weight)
+    assert torch.equal(ours.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    trained = whole.lm_head if "head" in retrain else whole.model.norm
+    assert not torch.equal(
+        trained.weight, before.get_submodule("lm_head" if "head" in retrain else "model.norm").weight
+    )
 
 
-def test_retraining_goes_on_where_its_state_was_saved(settings, tmp_path, monkeypatch):
-    job = replace(settings, retrain=("mask_lora", "norms"), steps=5, batch=2, compare=(), reconstruct="none")
-    monkeypatch.setattr(resume, "SECONDS", 0.0)
-    run.run(replace(job, out=tmp_path / "alone"))
-    taken: list[int] = []
-    write = resume.Checkpoint.write
-
-    def then_stop(self, optimiser, losses):
-        write(self, optimiser, losses)
-        if len(losses) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resume.Checkpoint, "write", then_stop)
-        with pytest.raises(KeyboardInterrupt):
-            run.run(replace(job, out=tmp_path / "out"))
-    step = AdamW.step
-    monkeypatch.setattr(AdamW, "step", lambda self, losses: taken.append(self.taken) or step(self, losses))
-    with monkeypatch.context() as patch:
-        # Trained, and the first block written.
-        patch.setattr(Finished, "write_block", counted(Finished.write_block, [1]))
-        with pytest.raises(KeyboardInterrupt):
-            run.run(replace(job, out=tmp_path / "out"))
-    run.run(replace(job, out=tmp_path / "out"))
-    assert taken == [2, 3, 4]
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
+LIFTED = {
+    "matrices": {"reconstruct": "matrix"},
+    "matrices to the dense model": {"reconstruct": "matrix", "targets": "dense-model", "family": "phi"},
+    "two blocks": {"reconstruct": "2-blocks"},
+    "three blocks on disk": {"reconstruct": "3-blocks", "targets": "dense-model", "activations": "disk"},
+    "the whole model": {"reconstruct": "model", "inputs": "dense"},
+    "owl": {"pattern": "0.6", "allocate": "owl", "refine": "sparseswaps", "refit": True},
+    "experts": {"family": "mixtral", "packed": True},
+    "experts beside a shared one": {"family": "qwen2-moe", "method": "sparsegpt", "reconstruct": "none"},
+    "experts held transposed, with owl": {"family": "gpt-oss", "pattern": "0.6", "allocate": "owl"},
+    "experts behind a dense block": {"family": "deepseek", "reconstruct": "2-blocks"},
+}
 
 
-def counted(write, left):
-    """`write`, after the last of so many calls of which the process ends, as it were."""
-
-    def then_stop(*arguments):
-        write(*arguments)
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-
-    return then_stop
-
-
-def run_until(job: RunSettings, monkeypatch, units: int) -> None:
-    """The process ends, as it were, once so many units and blocks are written."""
-    left = [units]
-    with monkeypatch.context() as patch:
-        patch.setattr(Finished, "write_unit", counted(Finished.write_unit, left))
-        patch.setattr(Finished, "write_block", counted(Finished.write_block, left))
-        with pytest.raises(KeyboardInterrupt):
-            run.run(job)
-
-
-@pytest.mark.parametrize("units", [1, 2, 4])
-def test_a_second_run_makes_only_what_is_left(settings, finished, tmp_path, monkeypatch, units):
-    job = replace(settings, out=tmp_path / "out", compare=())
-    run_until(job, monkeypatch, units)
-    made = []
-    finish = StreamedJob.finish
-    monkeypatch.setattr(StreamedJob, "finish", lambda self, *a: made.append(self.made) or finish(self, *a))
-    run.run(job)
-    assert made == [4 - units]
-    assert hashes(tmp_path / "out") == hashes(finished)
+@pytest.mark.parametrize("changes", LIFTED.values(), ids=LIFTED)
+def test_what_streams_gives_the_bits_of_a_run_in_memory(changes, settings, tmp_path, monkeypatch):
+    changes = dict(changes)
+    family = changes.pop("family", "llama")
+    blocks = {} if family in families.MIXTURES else {"num_hidden_layers": 4}
+    model = tiny.model_dir(tmp_path, family, **blocks)
+    activations = changes.pop("activations", "memory")
+    monkeypatch.setattr(StreamedJob, "place", lambda self, count: Place(activations, count, self.job.out / "perp"))
+    job = replace(settings, model=str(model), compare=(), **changes)
+    rows = [run.run(replace(job, out=tmp_path / str(stream), stream=stream)).rows for stream in (True, False)]
+    assert [(row.stage, row.perplexity, row.zeros, row.parameters) for row in rows[0]] == [
+        (row.stage, row.perplexity, row.zeros, row.parameters) for row in rows[1]
+    ]
+    (ours, _), (whole, _) = (models.load(str(tmp_path / str(stream))) for stream in (True, False))
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+    for file in (checkpoints.MASKS, checkpoints.PACKED):
+        one, other = (tmp_path / str(stream) / file for stream in (True, False))
+        assert one.exists() == other.exists()
+        assert not one.exists() or one.read_bytes() == other.read_bytes()
+    one, other = (json.loads((tmp_path / str(stream) / "perp.json").read_text()) for stream in (True, False))
+    assert one.get("refined") == other.get("refined")
 
 
-def test_another_run_is_refused_naming_the_setting(settings, tmp_path, monkeypatch):
-    job = replace(settings, out=tmp_path / "out")
-    run_until(job, monkeypatch, 1)
-    before = hashes(tmp_path / "out")
-    for changed, message in (
-        (replace(job, epochs=2), "an unfinished run with epochs 1, not 2"),
-        (replace(job, method="magnitude"), "with method 'wanda', not 'magnitude'"),
-        (replace(job, windows=2), "with windows 3, not 2"),
-        (replace(job, stream=False), "holds an unfinished streamed run; finish it with --stream"),
-    ):
-        with pytest.raises(UserError, match=message):
-            run.run(changed)
-    assert hashes(tmp_path / "out") == before
-    run.run(replace(job, epochs=2, overwrite=True))
-    assert not record.unfinished(tmp_path / "out")
-
-
-def test_shards_changed_between_runs_are_refused(settings, tmp_path, monkeypatch):
-    model = Path(shutil.copytree(settings.model, tmp_path / "model"))
-    job = replace(settings, out=tmp_path / "out", model=str(model), compare=())
-    run_until(job, monkeypatch, 3)
-    shard = sorted(model.glob("*.safetensors"))[1]
-    about = shard.stat()
-    os.utime(shard, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
-    with pytest.raises(UserError, match=rf"{shard.name} has changed since the unfinished run"):
-        run.run(job)
-    os.utime(shard, ns=(about.st_atime_ns, about.st_mtime_ns))
-    block = next((tmp_path / "out").rglob("block-00000.safetensors"))
-    content = bytearray(block.read_bytes())
-    content[-1] ^= 1
-    block.write_bytes(content)
-    with pytest.raises(UserError, match=r"block-00000\.safetensors is not what this run wrote"):
-        run.run(job)
+@pytest.mark.parametrize(
+    "refused, message",
+    [
+        ({"cycles": 2, "retrain": ("mask_lora",)}, "cannot prune in cycles; pass --cycles 1"),
+        ({"distil": 0.5, "retrain": ("mask_lora",)}, "cannot distil"),
+        ({"compare": ("dense-retrained",), "retrain": ("norms",)}, "cannot retrain the dense model"),
+        ({"retrain": ("lora_prune",)}, "cannot retrain adapters that lose something when merged"),
+        ({"retrain": ("kept",)}, "cannot retrain all weights; retrain mask_lora, norms, biases or head"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused_before_work(refused, message, settings, tmp_path):
+    with pytest.raises(UserError, match=rf"a streamed run {message}.* or pass --no-stream"):
+        run.run(replace(settings, out=tmp_path / "out", **refused))
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_run_at_a_time_in_a_directory(settings, tmp_path):
@@ -215,15 +190,3 @@ def test_a_budget_too_small_for_one_unit_is_told_before_any_work(settings, tmp_p
     with pytest.raises(UserError, match=r"does not fit on this machine so; use a machine with .* GB of memory"):
         run.run(replace(settings, out=tmp_path / "out", cpu_memory="1kb"))
     assert not (tmp_path / "out").exists()
-
-
-def test_killed_at_random_moments_the_result_is_the_same(settings, finished, tmp_path):
-    """The short form of `python -m tests.perp.kill`."""
-    told = subprocess.run(
-        [sys.executable, "-m", "tests.perp.kill", "--kills", "2", "--seed", "1"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert "the same" in told.stdout

@@ -230,14 +230,6 @@ def run(
     packed: Annotated[
         bool, option("--packed", help="Write the packed file too, for perp generate.", panel=OUTPUT)
     ] = False,
-    resume: Annotated[
-        bool,
-        option(
-            "--resume",
-            help="Write down in --out what is done, and go on from there if an earlier run was interrupted.",
-            panel=OUTPUT,
-        ),
-    ] = False,
     compare: Annotated[
         str,
         option(
@@ -307,7 +299,6 @@ def run(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         packed=packed,
-        resume=resume,
         stream=stream,
         gpu_memory=gpu_memory,
         cpu_memory=cpu_memory,

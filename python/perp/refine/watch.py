@@ -15,14 +15,27 @@ def local_error(weight: Tensor, mask: Tensor, gram: Tensor) -> float:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """`before`, `after`: the local error of the warm start and of the refined mask, on the held-out windows where there
+    are any; `steps`: those that led to that mask, 0 where nothing beat the warm start."""
+
+    before: float
+    after: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class Refined:
-    """A refined mask. `before`, `after`: the warm start's local error and this mask's, on the held-out windows where
-    there are any; `steps`: those that led to this mask, 0 where nothing beat the warm start, which is then `mask`."""
+    """A refined mask, or the warm start where nothing beat it, with the figures of `Refinement`."""
 
     mask: Tensor
     before: float
     after: float
     steps: int
+
+    @property
+    def figures(self) -> Refinement:
+        return Refinement(self.before, self.after, self.steps)
 
 
 class Watch:
