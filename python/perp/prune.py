@@ -129,8 +129,11 @@ def _check(
         if linear.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"the weight of {name} is {linear.weight.dtype}; load the model unquantised to prune it.")
         pattern.check(linear.in_features, name)
-        if size.name == "matrix" and linear.weight.ndim > 2:
-            raise UserError(f"{name} is of several experts, which read no input in common; choose half-block or more.")
+        if size.name == "matrix" and linear.weight.ndim > 2 and reconstruct and reconstruct.two_models:
+            raise UserError(
+                f"{name} is of several experts, to which the pruned and the dense model send other tokens; choose "
+                "dense-weights, dense inputs, or half-block or more."
+            )
     check_finite(model, type(model).__name__)
     weightless = reconstruct and not set(WEIGHTS) & set(reconstruct.parts)
     if reconstruct and weightless and not trainable(blocks.modules(), reconstruct.parts):
@@ -250,10 +253,11 @@ class _Job:
                 continue
             inputs = self._states(unit.reads(dense if flow.dense_inputs else block, flow.hidden, arguments))
             taught = inputs if flow.dense is None else unit.reads(dense, flow.dense, arguments)
-            targets = self._states(outputs(unit, taught, arguments))
+            own = unit.arguments(arguments)
+            targets = self._states(outputs(unit, taught, own))
             self.choice.prune(unit, statistics, self.pattern)
             if inputs:
-                self.fit(unit, inputs, targets, arguments)
+                self.fit(unit, inputs, targets, own)
             if unit is not parts[-1]:  # which is kept with the block
                 self.residence.keep(unit, self.figures.of([unit]))
         if not last:

@@ -64,6 +64,11 @@ class ReconstructSettings:
             )
 
     @property
+    def two_models(self) -> bool:
+        """Whether a unit reads what the pruned model gives and is fitted to what the dense one does."""
+        return (self.inputs, self.targets) == ("sparse", "dense-model")
+
+    @property
     def rate(self) -> float:
         """`lr`, or the default for these parts."""
         return parts.default_rate(parts.UNIT_RATES, self.parts) if self.lr is None else self.lr

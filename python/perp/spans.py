@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from perp.activations import to_memory
 from perp.blocks import Arguments, ArgumentsOf, Stop, find_blocks, run_block, to_block
+from perp.experts import ExpertLinear
 from perp.units import Unit, whole
 
 
@@ -61,9 +62,17 @@ def spans(model: PreTrainedModel, count: int | None) -> Iterator[Span]:
 class Matrix(Unit):
     """One linear, from what it reads to what it gives: [b, T, in] to [b, T, out]. Norms belong to none."""
 
-    def __call__(self, hidden: Tensor, arguments: Arguments) -> Tensor:
+    def __call__(self, hidden: Tensor, arguments: Any) -> Tensor:
         linear = self.block.get_submodule(self.linear_names[0])
         return linear(to_block(hidden, self.block))
+
+    def arguments(self, of_block: Callable[[Sequence[int]], Any]) -> Callable[[Sequence[int]], Any]:
+        """What it is called with beside its input, by windows; `of_block`: what the block is."""
+        return of_block
+
+    def taken(self, window: int, input: Tensor) -> Tensor:
+        """What is kept of a call of the linear, from its arguments."""
+        return input
 
     @torch.no_grad()
     def reads(self, block: nn.Module, hidden: Iterable[Tensor], arguments: ArgumentsOf) -> Iterator[Tensor]:
@@ -71,8 +80,14 @@ class Matrix(Unit):
         for window, state in enumerate(hidden):
             found: list[Tensor] = []
 
-            def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: list[Tensor] = found) -> None:
-                found.append(args[0] if args else kwargs["input"])
+            def take(
+                _: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                found: list[Tensor] = found,
+                window: int = window,
+            ) -> None:
+                found.append(self.taken(window, *args, **kwargs))
                 raise Stop
 
             hook = block.get_submodule(self.linear_names[0]).register_forward_pre_hook(take, with_kwargs=True)
@@ -85,9 +100,31 @@ class Matrix(Unit):
                 yield to_memory(found[0].clone())
 
 
+@dataclass(frozen=True)
+class ExpertMatrices(Matrix):
+    """The same projection of several experts. T is the tokens times their experts, sorted by expert; `ends` has, for
+    each window, where each expert's end, int64 [E]."""
+
+    ends: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, hidden: Tensor, arguments: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        linear = self.block.get_submodule(self.linear_names[0])
+        return torch.stack([linear(x, ends) for x, ends in zip(to_block(hidden, self.block), arguments, strict=True)])
+
+    def arguments(self, of_block: Callable[[Sequence[int]], Any]) -> Callable[[Sequence[int]], Any]:
+        return lambda windows: [self.ends[window] for window in windows]
+
+    def taken(self, window: int, input: Tensor, ends: Tensor) -> Tensor:  # type: ignore[override]
+        self.ends[window] = ends
+        return input[None]
+
+
 def matrices(unit: Unit) -> list[Matrix]:
-    """The linears of a block, each as a unit, in module order."""
+    """The linears of a block, each as a unit, in module order; the same projection of all experts is one."""
+    kinds = {name: isinstance(unit.block.get_submodule(name), ExpertLinear) for name in unit.linear_names}
     return [
-        Matrix(f"{unit.prefix}.{name}", unit.block, unit.prefix, (name,), (), end=("output", name))
-        for name in unit.linear_names
+        (ExpertMatrices if experts else Matrix)(
+            f"{unit.prefix}.{name}", unit.block, unit.prefix, (name,), (), end=("output", name)
+        )
+        for name, experts in kinds.items()
     ]

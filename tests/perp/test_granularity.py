@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from perp import prune
-from perp.blocks import Calls, find_blocks, run_block
+from perp.blocks import Calls, all_prunable, find_blocks, run_block
 from perp.errors import UserError
+from perp.experts import ExpertLinear, opened
 from perp.granularity import Granularity
 from perp.prune import prune_model
 from perp.reconstruct import ReconstructSettings, reconstruct
@@ -90,6 +91,42 @@ def test_matrices_read_and_are_fitted_to_what_was_asked(inputs, targets):
         assert losses.before == pytest.approx(expected, rel=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "gpt-oss"])
+@pytest.mark.parametrize("inputs, targets", [REGIMES[0], REGIMES[2]])
+def test_matrices_of_experts_are_fitted_over_the_tokens_routed_to_each(family, inputs, targets):
+    dense, ids = build(family), windows(3, 16)
+    model = copy.deepcopy(dense)
+    settings = ReconstructSettings(("kept",), inputs=inputs, targets=targets, batch=2, **STILL)
+    pruned = prune_model(model, ids, "wanda", "0.5", settings, "matrix")
+    assert list(pruned.losses) == list(pruned.masks)
+    with opened(model), opened(dense):
+        names = [name for name, module in model.named_modules() if isinstance(module, ExpertLinear)]
+        assert names
+        for name in names:
+            read = []
+            subject = dense if inputs == "dense" else model
+            hook = subject.get_submodule(name).register_forward_pre_hook(lambda _, x, read=read: read.append(x))
+            for window in ids.split(1):
+                subject(window, use_cache=False)
+            hook.remove()
+            difference = (model.get_submodule(name).weight - dense.get_submodule(name).weight).double()
+            errors = []
+            for x, ends in read:
+                # Biases are alike on both sides and drop out.
+                parts = zip([0, *ends.tolist()], ends.tolist(), difference, strict=False)
+                own = torch.cat([x[i:j].double() @ w.T for i, j, w in parts])
+                assert len(own) == len(x)
+                errors.append(own.square().mean().item())
+            assert pruned.losses[name].before == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+def test_matrices_of_experts_are_refused_where_two_models_route_apart():
+    settings = ReconstructSettings(inputs="sparse", targets="dense-model")
+    with pytest.raises(UserError, match="is of several experts, to which the pruned and the dense model send other"):
+        prune_model(build("mixtral"), windows(2), "wanda", "0.5", settings, "matrix")
+
+
 @pytest.mark.parametrize(
     "family, granularity, inputs, targets",
     [
@@ -100,6 +137,8 @@ def test_matrices_read_and_are_fitted_to_what_was_asked(inputs, targets):
         ("llama", "2-blocks", *REGIMES[0]),
         ("llama", "model", *REGIMES[1]),
         ("phi", "matrix", *REGIMES[0]),
+        ("mixtral", "matrix", *REGIMES[0]),
+        ("qwen2-moe", "matrix", *REGIMES[3]),
         ("phi", "half-block", *REGIMES[1]),
         ("phi", "half-block", *REGIMES[2]),
     ],
@@ -112,9 +151,9 @@ def test_every_size_fits_better_and_keeps_the_zeros(family, granularity, inputs,
     assert len(pruned.losses) == count
     assert sum(losses.after for losses in pruned.losses.values()) < 0.9 * sum(x.before for x in pruned.losses.values())
     for name, mask in pruned.masks.items():
-        weight = model.get_submodule(name).weight
-        assert not weight[~mask].any()
-        assert type(model.get_submodule(name)) is torch.nn.Linear
+        linear = all_prunable(model)[name]
+        assert not linear.weight[~mask].any()
+        assert type(linear) is (torch.nn.Linear if mask.ndim == 2 else ExpertLinear)
 
 
 @pytest.mark.parametrize("granularity", ["half-block", "block", "2-blocks"])
