@@ -28,7 +28,9 @@ def command() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        _fail("interrupted; nothing is left half-written.", _code(interrupt))
+        _fail(
+            "interrupted; nothing is left half-written, and perp run goes on when it is given again.", _code(interrupt)
+        )
     except UserError as error:
         _fail(str(error))
     except ValueError as error:

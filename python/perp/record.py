@@ -97,6 +97,12 @@ def forget(out: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def tidy(out: Path) -> None:
+    """Take away the record of a run that has not finished anything: another may begin in its place."""
+    if not any(path.is_file() for path in (out / "perp").glob("stage-*/*")):
+        forget(out)
+
+
 def stage(out: Path, name: str) -> Path:
     return out / "perp" / f"stage-{name.replace(' ', '-')}"
 

@@ -40,13 +40,19 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
         planned = plan_job(job)
         if job.stream is not False and not planned.fits:
             raise UserError(f"{job.model} does not fit on this machine so; {planned.advice}, or see perp plan.")
-        text, plan = texts.read(job.data, job.eval_data), planned.plan
+        plan = planned.plan
+        if plan.stream:
+            settings.check_streamed(job)
+        text = texts.read(job.data, job.eval_data)
         if plan.gives_back:
             machine.give_back_memory()
         before, started = machine.resident_parts()[0], time.monotonic()
         with machine.AnonymousPeak() as taken:
             kind = StreamedJob if plan.stream else ResidentJob
-            found = kind(job, pattern, text, progress or Silent(), plan).run(dense)
+            try:
+                found = kind(job, pattern, text, progress or Silent(), plan).run(dense)
+            finally:
+                record.tidy(job.out)
         used = round(machine.peak(job.device or "cpu") * 1e9) if plan.device else 0
         logger.info(told(plan, taken.most - before, used, time.monotonic() - started))
         return found

@@ -12,6 +12,7 @@ from perp import checkpoints, choice, machine, manifest, models, pruners, record
 from perp.errors import UserError
 from perp.granularity import Granularity
 from perp.iterate import divided, schedule
+from perp.modes import MODES
 from perp.parts import PARTS, UNIT_PARTS
 from perp.reconstruct import ReconstructSettings
 from perp.refine import METHODS as REFINE
@@ -220,6 +221,20 @@ def _check_reconstruction(settings: RunSettings) -> None:
     granularity = Granularity.parse(settings.reconstruct)
     if granularity.name == "matrix" and set(settings.reconstruct_parts) == {"norms"}:
         raise UserError("single matrices have no norms to reconstruct with; add kept, or choose half-block.")
+
+
+def check_streamed(job: RunSettings) -> None:
+    """Refuse what only a model in memory can do: UserError."""
+    inexact = {name for name, mode in MODES.items() if not mode.exact}
+    for refused, what in (
+        (job.retrain and "dense-retrained" in job.compare, "retrain the dense model; leave dense-retrained out"),
+        (job.cycles > 1, "prune in cycles; pass --cycles 1"),
+        (bool(job.retrain) and job.distil > 0, "distil, which needs the dense model beside it; pass --distil 0"),
+        (bool(inexact & set(job.retrain)), "retrain adapters that lose something when merged; retrain mask_lora"),
+        (bool({"kept", "full"} & set(job.retrain)), "retrain all weights; retrain mask_lora, norms, biases or head"),
+    ):
+        if refused:
+            raise UserError(f"a streamed run cannot {what}, or pass --no-stream where the model fits in memory.")
 
 
 def demo(out: Path) -> list[RunSettings]:

@@ -15,24 +15,17 @@ from perp import checkpoints, models, packed_retrain, record, report, streamed_s
 from perp.activations import Place
 from perp.blocks import Calls, prunable
 from perp.distil import Teacher
-from perp.errors import UserError
 from perp.evaluate import perplexity
 from perp.finished import Finished, Masks
 from perp.job import Job, count_kept
-from perp.modes import MODES
 from perp.parts import adapter_mode, trainable
 from perp.prune import Pruned
 from perp.report import Row
 from perp.residence import Streamed
-from perp.settings import RunSettings
 from perp.stream import Stream
 
 
 class StreamedJob(Job):
-    def __init__(self, job: RunSettings, *others: Any) -> None:
-        _check(job)
-        super().__init__(job, *others)
-
     def load(self) -> None:
         """Once: the blocks that are pruned are written elsewhere."""
         job = self.job
@@ -128,17 +121,3 @@ def trained_count(stream: Stream, masks: Mapping[str, Tensor], parts: Collection
             *experts, outputs, inputs = mask.shape
             trained += rank * math.prod(experts) * (outputs + inputs)
     return trained, sum(weight.numel() for weight in stream.model.parameters())
-
-
-def _check(job: RunSettings) -> None:
-    """Refuse what only a model in memory can do."""
-    inexact = {name for name, mode in MODES.items() if not mode.exact}
-    for refused, what in (
-        (job.retrain and "dense-retrained" in job.compare, "retrain the dense model; leave dense-retrained out"),
-        (job.cycles > 1, "prune in cycles; pass --cycles 1"),
-        (bool(job.retrain) and job.distil > 0, "distil, which needs the dense model beside it; pass --distil 0"),
-        (bool(inexact & set(job.retrain)), "retrain adapters that lose something when merged; retrain mask_lora"),
-        (bool({"kept", "full"} & set(job.retrain)), "retrain all weights; retrain mask_lora, norms, biases or head"),
-    ):
-        if refused:
-            raise UserError(f"a streamed run cannot {what}, or pass --no-stream where the model fits in memory.")

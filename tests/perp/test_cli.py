@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import perp
@@ -71,6 +72,14 @@ def test_help_of_everything_has_an_example_and_imports_nothing_heavy():
         "assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+def test_a_plan_takes_what_a_run_takes():
+    run, plan = ({p.name: p for p in get_command(app).commands[name].params} for name in ("run", "plan"))
+    assert set(run) - set(plan) == {"quiet"}
+    assert {name for name in plan if run[name].default != plan[name].default} == {"out"}
+    assert not plan["out"].required
+    assert run["out"].required
 
 
 def test_version():
@@ -339,7 +348,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_ends_at_once_and_leaves_nothing(number, code, model, text, tmp_path):
+def test_an_interrupted_run_ends_at_once_and_leaves_no_model(number, code, model, text, tmp_path):
     out = tmp_path / "out"
     process = start("run", model, "--data", text, "--out", out, *SMALL, "--steps", 100_000)
     for line in process.stderr:
@@ -350,7 +359,9 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(number, code, model,
     assert process.returncode == code
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("perp: interrupted")
-    assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["perp"]
+    assert {path.name for path in (out / "perp").iterdir()} == {"run.json", "stage-reconstructed", "stage-retrained"}
+    refused(call("run", model, "--data", text, "--out", out, *SMALL), "steps 100000, not", "pass --overwrite")
 
 
 def test_the_saved_model_needs_no_perp(model, text, tmp_path):

@@ -62,23 +62,6 @@ Dtype = Annotated[
         show_default="the checkpoint's own",
     ),
 ]
-Stream = Annotated[
-    bool | None,
-    option(
-        "--stream/--no-stream",
-        help="Have one block of the model in memory at a time, and go on with an unfinished run.",
-        panel=MACHINE,
-        show_default="where the model is too large",
-    ),
-]
-GpuMemory = Annotated[
-    str | None,
-    option("--gpu-memory", help="GPU memory it may take.", panel=MACHINE, metavar="SIZE", show_default="what is free"),
-]
-CpuMemory = Annotated[
-    str | None,
-    option("--cpu-memory", help="Memory it may take.", panel=MACHINE, metavar="SIZE", show_default="what is free"),
-]
 TrustRemoteCode = Annotated[
     bool, option("--trust-remote-code", help="Run Python code that comes with the model.", panel=MACHINE)
 ]
