@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from perp.errors import UserError
+from perp.errors import Echo, UserError
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 
@@ -29,6 +29,8 @@ def command() -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         _fail("interrupted; nothing is left half-written.", _code(interrupt))
+    except Echo as error:
+        raise typer.Exit(BAD_INPUT) from error
     except UserError as error:
         _fail(str(error))
     except ValueError as error:

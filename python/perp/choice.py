@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perp import allocate as allocation
+from perp import distributed
 from perp.errors import UserError
 from perp.pruners import Pruner, magnitude
 from perp.refine import Refined, RefineSettings
@@ -54,31 +55,46 @@ class Choice:
         self.unread: list[str] = []
 
     def prune(self, unit: Unit, statistics: Mapping[str, Statistics], pattern: Pattern) -> None:
-        """Prune the unit's linears in place; of the projection of several experts, each expert's matrix by itself."""
-        for name, linear in unit.linears.items():
-            read = statistics.get(name)
-            if linear.weight.ndim == 2:
-                self.masks[name] = self._prune(name, linear.weight, read, pattern)
-            else:
-                own = [
-                    self._prune(f"{name}[{e}]", weight, read and read.of_expert(e), pattern)
-                    for e, weight in enumerate(linear.weight)
-                ]
-                self.masks[name] = torch.stack(own)
+        """Prune the unit's linears; of the projection of several experts, each expert's matrix by itself.
 
-    def _prune(self, name: str, weight: Tensor, read: Statistics | None, pattern: Pattern) -> Tensor:
-        """Prune one matrix in place; its mask."""
+        The matrices are spread over the ranks. A pruned weight is new memory: the old one may be mapped from a file,
+        and would stay in memory for a copy.
+        """
+        linears, masks = unit.linears, {}
+        costs = {label: _cost(own) for name, linear in linears.items() for label, own in _parts(name, linear.weight)}
+        owners = distributed.spread(costs)
+        with distributed.together():
+            for name, linear in linears.items():
+                read, weight = statistics.get(name), linear.weight
+                if weight.ndim == 2:
+                    weight.data, masks[name] = self._prune(name, weight, read, pattern, owners)
+                else:
+                    new, own = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), []
+                    for e, (label, dense) in enumerate(_parts(name, weight)):
+                        new[e], mask = self._prune(label, dense, read and read.of_expert(e), pattern, owners)
+                        own.append(mask)
+                    weight.data, masks[name] = new, torch.stack(own)
+        for name, linear in linears.items():
+            for (label, weight), (_, mask) in zip(
+                _parts(name, linear.weight.data), _parts(name, masks[name]), strict=True
+            ):
+                distributed.send_out_(weight, owners[label])
+                distributed.send_out_(mask, owners[label], through=weight.device)
+        self.masks.update(masks)
+        self.refined |= distributed.merged({label: self.refined[label] for label in owners if label in self.refined})
+
+    def _prune(
+        self, name: str, weight: Tensor, read: Statistics | None, pattern: Pattern, owners: Mapping[str, int]
+    ) -> tuple[Tensor, Tensor]:
+        """One matrix pruned, and its mask on the CPU; tensors to be filled where another rank prunes it."""
+        if owners[name] != distributed.rank():
+            return torch.empty_like(weight), torch.empty(weight.shape, dtype=torch.bool)
         if self.needs and not (read and read.tokens):
             self.unread.append(name)
             new, mask = magnitude.prune(weight, None, pattern)
         else:
             new, mask = self._choose(name, weight, read, pattern)
-        if isinstance(weight, nn.Parameter):
-            # Not copied into the old one, which may be mapped from a file and would stay in memory for the copy.
-            weight.data = new
-        else:
-            weight.copy_(new)
-        return mask.cpu()
+        return new, mask.cpu()
 
     def _choose(self, name: str, dense: Tensor, read: Statistics | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
         pooled = read.pooled() if read else None
@@ -94,10 +110,10 @@ class Choice:
 
     def report(self, method: str, stacklevel: int = 2) -> None:
         """Warn of linears without statistics, and of masks that refinement left as they were."""
-        if self.unread:
+        if unread := [name for own in distributed.gather(self.unread) for name in own]:
             warnings.warn(
-                f"{len(self.unread)} linears read no token of the calibration text and were pruned by magnitude, such "
-                f"as {self.unread[0]}; use more windows.",
+                f"{len(unread)} linears read no token of the calibration text and were pruned by magnitude, such "
+                f"as {unread[0]}; use more windows.",
                 stacklevel=stacklevel + 1,
             )
         if kept := [name for name, refined in self.refined.items() if refined.steps == 0]:
@@ -106,3 +122,14 @@ class Choice:
                 f"linears, such as {kept[0]}; they keep the one of {method}.",
                 stacklevel=stacklevel + 1,
             )
+
+
+def _parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The matrices of a linear [N, K], which is one, or of several experts' [E, N, K], with a name for each."""
+    return [(name, tensor)] if tensor.ndim == 2 else [(f"{name}[{e}]", own) for e, own in enumerate(tensor)]
+
+
+def _cost(weight: Tensor) -> float:
+    """What choosing its mask takes, to a factor: the decomposition of its Gram, and a pass over that for each row."""
+    N, K = weight.shape
+    return K * K * (K + N)

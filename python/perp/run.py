@@ -9,7 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perp import checkpoints, data, machine, manifest, models, record, report, settings
+from perp import checkpoints, data, distributed, machine, manifest, models, record, report, settings
 from perp.adapters import Adapter, attach, detach, merge
 from perp.blocks import all_prunable, find_blocks
 from perp.distil import Teacher
@@ -52,31 +52,65 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
     """Do the job and leave the model in `job.out`, with its manifest, the rows and their picture under perp/.
 
     `dense`: rows of the dense model from an earlier job on the same text, not measured again. All that can be checked
-    is checked before the first long step; UserError or PatternError say what is wrong.
+    is checked before the first long step; UserError or PatternError say what is wrong. Where there are several ranks
+    (`perp.distributed`), all call this alike, and the first writes.
     """
-    pattern = settings.check(job)
+    with distributed.together():
+        pattern = settings.check(job)
+        _check_ranks(job)
+    progress = progress if progress and distributed.leads() else Silent()
     # The packaged text has a second one to be judged on, of another kind.
     eval_data = job.eval_data or (("demo:sotu",) if job.data == "demo" else ())
     job = replace(job, device=machine.find_device(job.device), eval_data=eval_data)
-    with locked(job.out):
-        planned = plan_job(job)
-        if job.stream is not False and not planned.fits:
-            raise UserError(f"{job.model} does not fit on this machine so; {planned.advice}, or see perp plan.")
-        texts, plan = _read(job), planned.plan
+    with ExitStack() as held:
+        with distributed.together():
+            if distributed.leads():
+                held.enter_context(locked(job.out))
+            planned = plan_job(job)
+            if job.stream is not False and not planned.fits:
+                raise UserError(f"{job.model} does not fit on this machine so; {planned.advice}, or see perp plan.")
+            texts, plan = _read(job), planned.plan
         if plan.gives_back:
             machine.give_back_memory()
         before, started = machine.resident_parts()[0], time.monotonic()
         with machine.AnonymousPeak() as taken:
-            found = _kind(job, plan)(job, pattern, texts, progress or Silent(), plan).run(dense)
+            with distributed.together():
+                made = _kind(job, plan)(job, pattern, texts, progress, plan)
+            found = made.run(dense)
         used = round(machine.peak(job.device or "cpu") * 1e9) if plan.device else 0
         logger.info(told(plan, taken.most - before, used, time.monotonic() - started))
         return found
+
+
+def _check_ranks(job: RunSettings) -> None:
+    """Refuse what several processes cannot do, and what one cannot."""
+    ranks = distributed.size()
+    if job.shard and ranks == 1:
+        raise UserError("--shard shares weights out among the processes of torchrun, and this is one; leave it out.")
+    if ranks == 1:
+        return
+    if job.stream or job.resume:
+        raise UserError(
+            f"{'--stream' if job.stream else '--resume'} is of a run of one process; start it without torchrun."
+        )
+    if job.retrain and job.batch < ranks:
+        raise UserError(
+            f"a batch of {job.batch} windows is too small for {ranks} ranks; give --batch {ranks} or more, or start "
+            "fewer ranks."
+        )
+    if job.windows is not None:
+        distributed.check_windows(job.windows)
 
 
 def _kind(job: RunSettings, plan: Plan) -> type[Job]:
     """How the job is done: with the model in memory, or streamed."""
     from perp.streamed_run import StreamedJob
 
+    if plan.stream and distributed.size() > 1:
+        raise UserError(
+            f"{job.model} does not fit in the memory of each of {distributed.size()} ranks, and a streamed run is one "
+            "process; start it without torchrun."
+        )
     if plan.stream:
         return StreamedJob
     if record.unfinished(job.out):
@@ -138,6 +172,7 @@ class Job:
             warnings.warn(
                 f"the text gives {len(self.training)} windows of {seqlen} tokens, fewer than {count}.", stacklevel=2
             )
+        distributed.check_windows(len(self.calibration))
         self.held_out = {
             name: data.windows(self.tokenizer, text, seqlen, job.eval_windows) for name, text in texts.held_out.items()
         }
@@ -167,8 +202,9 @@ class Job:
     def finish(self, rows: list[Row], masks: Mapping[str, Tensor]) -> Report:
         """Save the model and the report of these rows."""
         found = Report(self.job.title, rows)
-        self.save(self.manifest(rows, masks), masks)
-        report.write([found], self.job.out / "perp")
+        if distributed.leads():
+            self.save(self.manifest(rows, masks), masks)
+            report.write([found], self.job.out / "perp")
         return found
 
     def comparison(self, dense: Sequence[Row]) -> list[Row]:
@@ -284,7 +320,7 @@ class Job:
         if settings is None or not settings.distil:
             return None
         orders = [drawn(len(self.training), training) for training in self.trainings]
-        numbers = torch.cat([numbers for order in orders for numbers in order]).tolist()
+        numbers = torch.cat([distributed.part(numbers) for order in orders for numbers in order]).tolist()
         return Teacher(self.model, self.training, numbers, settings.distil, settings.temperature, self.progress)
 
     def retrain(
@@ -330,7 +366,7 @@ class Job:
         """The perplexity on each held-out text, and the share of zeros in the weights to prune."""
         found = {}
         for name, windows in self.held_out.items():
-            self.progress.stage(f"perplexity {name}", len(windows))
+            self.progress.stage(f"perplexity {name}", distributed.most(len(windows)))
             found[name] = perplexity(self.model, windows, self.progress)
             self.progress.done()
         return found, _zeros(self.model)

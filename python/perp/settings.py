@@ -37,10 +37,10 @@ class RunSettings:
     retraining. `reconstruct` is the unit of reconstruction (`perp.granularity`) or "none"; `inputs`, `targets`, `loss`
     are those of `ReconstructSettings`. `retrain` names the parts trained on the language-model loss (empty: none);
     `compare` the further lines measured: "pruned" (no recovery) and "dense-retrained" (the dense model trained on the
-    same text). Learning rates left at None are those that suit the parts. `distil`, `temperature` and `precision` are
-    those of `RetrainSettings`; `keep_adapters` saves adapters that do not merge (lora) beside the pruned model. `data`
-    is judged on its test part, `eval_data` whole. `packed` writes the packed file beside the plain model. `resume`
-    writes down what is done, and goes on from what an interrupted job left (`perp.stages`).
+    same text). Learning rates left at None are those that suit the parts. `distil`, `temperature`, `precision` and
+    `shard` are those of `RetrainSettings`; `keep_adapters` saves adapters that do not merge (lora) beside the pruned
+    model. `data` is judged on its test part, `eval_data` whole. `packed` writes the packed file beside the plain model.
+    `resume` writes down what is done, and goes on from what an interrupted job left (`perp.stages`).
     `stream` keeps one block at a time in memory, and always goes on with an unfinished run (`perp.streamed_run`); None
     leaves it to the plan, by the memory that may be used: `gpu_memory`, `cpu_memory` such as "20GB" (None: what is
     free).
@@ -72,6 +72,7 @@ class RunSettings:
     distil: float = 0.0
     temperature: float = 1.0
     precision: str = "model"
+    shard: bool = False
     keep_adapters: bool = False
     rank: int = 16
     alpha: float = 32.0
@@ -134,6 +135,7 @@ class RunSettings:
             distil=self.distil,
             temperature=self.temperature,
             precision=self.precision,
+            shard=self.shard,
             r=self.rank,
             alpha=self.alpha,
             # Not the seed that drew the calibration windows, so that training does not begin with the very same.

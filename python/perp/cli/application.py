@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ import typer
 
 import perp
 from perp import boundary
+from perp.errors import UserError
 
 app = typer.Typer(
     name="perp",
@@ -85,13 +87,18 @@ TrustRemoteCode = Annotated[
 Quiet = Annotated[bool, option("--quiet", "-q", help="Show no progress.", panel=OUTPUT)]
 
 
-def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose help ends with `example`, and whose errors end as one sentence and an exit code."""
+def command(example: str, ranks: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose help ends with `example`, and whose errors end as one sentence and an exit code.
+
+    `ranks`: torchrun may start several processes of it.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def guarded(*arguments: Any, **options: Any) -> None:
             with boundary.command():
+                if not ranks and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                    raise UserError(f"perp {function.__name__} is one process; start it without torchrun.")
                 function(*arguments, **options)
 
         # The help wraps by itself: each paragraph of the docstring becomes one line.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from perp.report import Report
 
 
-@command("perp run demo --pattern 2:4 --data demo --out runs/smaller")
+@command("perp run demo --pattern 2:4 --data demo --out runs/smaller", ranks=True)
 def run(
     context: typer.Context,
     model: Model,
@@ -195,6 +196,14 @@ def run(
             metavar="NAME",
         ),
     ] = "model",
+    shard: Annotated[
+        bool,
+        option(
+            "--shard",
+            help="Share the frozen weights out among the processes of torchrun while retraining (FSDP2).",
+            panel=RECOVERY,
+        ),
+    ] = False,
     keep_adapters: Annotated[
         bool,
         option("--keep-adapters", help="Save lora adapters beside the model, since they do not merge.", panel=RECOVERY),
@@ -251,8 +260,10 @@ def run(
 
     --out becomes an ordinary Hugging Face directory with exact zeros where weights were pruned: any tool loads it
     without perp. Its perp.json tells how it was made. No article that is judged on is calibrated or trained on.
+
+    On several GPUs: torchrun --nproc-per-node N -m perp run MODEL ...
     """
-    from perp import settings
+    from perp import distributed, settings
     from perp.run import run as run_job
     from perp.settings import RunSettings
 
@@ -283,6 +294,7 @@ def run(
         distil=distil,
         temperature=temperature,
         precision=precision,
+        shard=shard,
         keep_adapters=keep_adapters,
         rank=rank,
         alpha=alpha,
@@ -306,9 +318,10 @@ def run(
     if best:
         job = settings.best(job, given(context))
     started = time.monotonic()
-    with progress_of(quiet) as progress:
-        found = run_job(job, progress)
-    _show([found], out, out / "perp", started)
+    with distributed.joined(device) as own, progress_of(quiet or not distributed.leads()) as progress:
+        found = run_job(replace(job, device=own), progress)
+        if distributed.leads():
+            _show([found], out, out / "perp", started)
 
 
 @command("perp demo --out runs/demo")
