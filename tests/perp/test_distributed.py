@@ -1,11 +1,13 @@
-"""Two and four ranks against one: the same masks to the bit, the same training to rounding, and no rank left waiting."""
+"""Two and four ranks against one: the same masks to the bit, the same training to rounding, no rank left waiting."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,50 +89,63 @@ def moments() -> tuple[float, Tensor, list[bool]]:
     return told, state[used]["exp_avg"], [parameter in state for parameter in (used, unused, last)]
 
 
-def everything(out: str) -> dict[str, Any]:
-    """What the tests below compare; it is made on each rank."""
-    lora = RetrainSettings(parts=("mask_lora", "norms"), steps=4, batch=5, r=4, lr=1e-2)
-    distilled = replace(lora, distil=0.5)
-    kept = ReconstructSettings(batch=3, epochs=2)
-    adapters = ReconstructSettings(parts=("mask_lora", "norms"), loss="nmse", batch=4, epochs=2, r=4)
-    cosine = ReconstructSettings(loss="cosine", batch=2, epochs=1, inputs="dense", targets="dense-model")
-    single, double = torch.float32, torch.float64
-    swaps = RefineSettings(held_out=0.4)
-    found: dict[str, Any] = {
-        "wanda": pruned("llama", single, "wanda", "2:4"),
-        "owl": pruned("llama", single, "wanda", "0.5", allocate="owl"),
-        "sparsegpt": pruned("llama", single, "sparsegpt", "0.5"),
-        "refined": pruned("llama", single, "wanda", "0.6", refine=swaps, refit=True),
-        "experts": pruned("mixtral", single, "sparsegpt", "2:4"),
-        "kept": pruned("llama", double, "wanda", "2:4", kept),
-        "parallel": pruned("neox-parallel", double, "wanda", "2:4", adapters),
-        "dense inputs": pruned("llama", double, "wanda", "2:4", cosine),
-        "matrix": pruned("llama", double, "wanda", "2:4", kept, "matrix"),
-        "span": pruned("llama", double, "wanda", "2:4", kept, "model"),
-        "retrained": retrained(lora),
-        "micro-batches": retrained(replace(lora, micro_batch=2)),
-        "distilled": retrained(distilled, taught=True),
-        "perplexity": perp.perplexity(model(dtype=single), tokens()),
-        "moments": moments(),
+def cycled() -> dict[str, Tensor]:
+    subject, settings = model(), replace(LORA, steps=2)
+    prune_retrain(subject, tokens(), tokens(), ["0.25", "0.5"], [settings, settings])
+    return weights(subject)
+
+
+SINGLE, DOUBLE = torch.float32, torch.float64
+LORA = RetrainSettings(parts=("mask_lora", "norms"), steps=3, batch=5, r=4, lr=1e-2)
+TAUGHT = replace(LORA, distil=0.5)
+KEPT = ReconstructSettings(batch=3, epochs=2)
+ADAPTERS = ReconstructSettings(parts=("mask_lora", "norms"), loss="nmse", batch=4, epochs=2, r=4)
+COSINE = ReconstructSettings(loss="cosine", batch=2, epochs=1, inputs="dense", targets="dense-model")
+
+# What the tests compare, by name. Four ranks do not repeat all that two have shown.
+ON_FOUR: dict[str, Callable[[], Any]] = {
+    "wanda": lambda: pruned("llama", SINGLE, "wanda", "2:4"),
+    "refined": lambda: pruned("llama", SINGLE, "wanda", "0.6", refine=RefineSettings(held_out=0.4), refit=True),
+    "experts": lambda: pruned("mixtral", SINGLE, "sparsegpt", "2:4"),
+    "kept": lambda: pruned("llama", DOUBLE, "wanda", "2:4", KEPT),
+    "retrained": lambda: retrained(LORA),
+    "perplexity": lambda: perp.perplexity(model(dtype=SINGLE), tokens()),
+    "moments": moments,
+}
+ON_TWO: dict[str, Callable[[], Any]] = {
+    **ON_FOUR,
+    "owl": lambda: pruned("llama", SINGLE, "wanda", "0.5", allocate="owl"),
+    "sparsegpt": lambda: pruned("llama", SINGLE, "sparsegpt", "0.5"),
+    "parallel": lambda: pruned("neox-parallel", DOUBLE, "wanda", "2:4", ADAPTERS),
+    "dense inputs": lambda: pruned("llama", DOUBLE, "wanda", "2:4", COSINE),
+    "matrix": lambda: pruned("llama", DOUBLE, "wanda", "2:4", KEPT, "matrix"),
+    "span": lambda: pruned("llama", DOUBLE, "wanda", "2:4", KEPT, "model"),
+    "micro-batches": lambda: retrained(replace(LORA, micro_batch=2)),
+    "distilled": lambda: retrained(TAUGHT, taught=True),
+    "cycles": cycled,
+}
+SHARDED: dict[str, Callable[[], Any]] = {
+    "sharded": lambda: retrained(replace(LORA, shard=True)),
+    "sharded and distilled": lambda: retrained(replace(TAUGHT, shard=True, checkpointing=False), taught=True),
+}
+
+
+def on_a_rank(directory: str) -> dict[str, Any]:
+    makers = {**(ON_TWO if distributed.size() == 2 else ON_FOUR), **SHARDED}
+    return {name: make() for name, make in makers.items()} | {"refused": refused(Path(directory))}
+
+
+def refused(directory: Path) -> dict[str, tuple[str, str]]:
+    few = distributed.size() - 1
+    job = RunSettings(str(directory / "llama"), directory / "locked", device="cpu")
+    return {
+        "windows": refusal(prune_model, model(), tokens(few)),
+        "batch": refusal(retrained, replace(LORA, batch=few)),
+        "stream": refusal(run.run, replace(job, stream=True)),
+        "resume": refusal(run.run, replace(job, resume=True)),
+        "lock": refusal(run.run, job),
+        "one rank": refusal(fails_on_the_last),
     }
-    cycled = model()
-    prune_retrain(cycled, tokens(), tokens(), ["0.25", "0.5"], [lora, lora], reconstruct=kept)
-    found["cycles"] = weights(cycled)
-    if distributed.size() > 1:
-        sharded = replace(lora, shard=True)
-        found["sharded"] = retrained(sharded)
-        found["sharded and distilled"] = retrained(replace(distilled, shard=True, checkpointing=False), taught=True)
-        few = distributed.size() - 1
-        job = RunSettings(str(tiny.model_dir(Path(out, str(distributed.rank())))), Path(out, "locked"), device="cpu")
-        found["refused"] = {
-            "windows": refusal(prune_model, model(), tokens(few)),
-            "batch": refusal(retrained, replace(lora, batch=few)),
-            "stream": refusal(run.run, replace(job, stream=True)),
-            "resume": refusal(run.run, replace(job, resume=True)),
-            "lock": refusal(run.run, job),
-            "one rank": refusal(fails_on_the_last),
-        }
-    return found
 
 
 def fails_on_the_last() -> None:
@@ -141,14 +156,31 @@ def fails_on_the_last() -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict[str, Any]:
-    return everything(str(tmp_path_factory.mktemp("alone")))
+    return once(tmp_path_factory, "alone", lambda: {name: make() for name, make in ON_TWO.items()})
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("ranks")
-    with locked(directory / "locked"):
-        return launch(directory, request.param, everything, str(directory))
+    def make() -> list[dict[str, Any]]:
+        directory = tmp_path_factory.mktemp("ranks")
+        tiny.model_dir(directory)
+        with locked(directory / "locked"):
+            return launch(directory, request.param, on_a_rank, str(directory))
+
+    return once(tmp_path_factory, f"on-{request.param}", make)
+
+
+def once(tmp_path_factory, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives, made by one of the processes of pytest-xdist for all of them."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    file = directory / f"{name}.pt"
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            torch.save(make(), file)
+    return torch.load(file, weights_only=False)
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -171,18 +203,18 @@ def test_all_ranks_end_with_the_same_model(ranks):
                 assert found[0].losses == other[name][0].losses
 
 
-@pytest.mark.parametrize("name", ["wanda", "owl", "sparsegpt", "refined", "experts", "kept", "parallel"])
-def test_the_masks_are_those_of_one_rank(ranks, alone, name):
-    found, expected = ranks[0][name][0], alone[name][0]
-    assert_same(dict(found.masks), dict(expected.masks))
-    assert found.shares == expected.shares
+def test_the_masks_are_those_of_one_rank(ranks, alone):
+    for name in {"wanda", "owl", "sparsegpt", "refined", "experts", "kept", "parallel"} & ranks[0].keys():
+        found, expected = ranks[0][name][0], alone[name][0]
+        assert_same(dict(found.masks), dict(expected.masks))
+        assert found.shares == expected.shares
 
 
 def test_what_is_only_pruned_is_that_of_one_rank_to_the_bit(ranks, alone):
-    for name in ("wanda", "owl"):
+    for name in {"wanda", "owl"} & ranks[0].keys():
         assert_same(ranks[0][name][1], alone[name][1])
     # Compensated weights differ as their fp32 Grams do.
-    for name in ("sparsegpt", "refined", "experts"):
+    for name in {"sparsegpt", "refined", "experts"} & ranks[0].keys():
         torch.testing.assert_close(ranks[0][name][1], alone[name][1], rtol=1e-3, atol=1e-4)
 
 
@@ -197,35 +229,35 @@ def test_every_rank_tells_what_refining_did_to_all_masks(ranks, alone):
             assert one.after == pytest.approx(expected[name].after, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["kept", "parallel", "dense inputs", "matrix", "span"])
-def test_reconstruction_is_that_of_one_rank_to_rounding(ranks, alone, name):
-    (found, found_weights), (expected, expected_weights) = ranks[0][name], alone[name]
-    assert_close(found_weights, expected_weights)
-    assert found.losses.keys() == expected.losses.keys()
-    for unit, losses in expected.losses.items():
-        assert losses.after < losses.before
-        assert found.losses[unit].before == pytest.approx(losses.before, rel=ROUNDING)
-        assert found.losses[unit].after == pytest.approx(losses.after, rel=ROUNDING)
+def test_reconstruction_is_that_of_one_rank_to_rounding(ranks, alone):
+    for name in {"kept", "parallel", "dense inputs", "matrix", "span"} & ranks[0].keys():
+        (found, found_weights), (expected, expected_weights) = ranks[0][name], alone[name]
+        assert_close(found_weights, expected_weights)
+        assert found.losses.keys() == expected.losses.keys()
+        for unit, losses in expected.losses.items():
+            assert losses.after < losses.before
+            assert found.losses[unit].before == pytest.approx(losses.before, rel=ROUNDING)
+            assert found.losses[unit].after == pytest.approx(losses.after, rel=ROUNDING)
 
 
-@pytest.mark.parametrize(
-    "name, like",
-    [
-        ("retrained", "retrained"),
-        ("micro-batches", "retrained"),
-        ("distilled", "distilled"),
-        ("sharded", "retrained"),
-        ("sharded and distilled", "distilled"),
-    ],
-)
-def test_retraining_is_that_of_one_rank_to_rounding(ranks, alone, name, like):
-    (losses, found), (expected_losses, expected) = ranks[0][name], alone[like]
-    assert losses == pytest.approx(expected_losses, rel=ROUNDING)
-    assert_close(found, expected)
+def test_retraining_is_that_of_one_rank_to_rounding(ranks, alone):
+    like = {"retrained": "retrained", "distilled": "distilled", "sharded": "retrained"}
+    like["sharded and distilled"] = "distilled"
+    for name in like.keys() & ranks[0].keys():
+        (losses, found), (expected_losses, expected) = ranks[0][name], alone[like[name]]
+        assert losses == pytest.approx(expected_losses, rel=ROUNDING)
+        assert_close(found, expected)
+
+
+def test_micro_batches_of_other_windows_differ_by_the_rounding_of_fp32_logits(ranks, alone):
+    for found in (rank["micro-batches"] for rank in ranks if "micro-batches" in rank):
+        assert found[0] == pytest.approx(alone["micro-batches"][0], rel=1e-6)
+        torch.testing.assert_close(found[1], alone["micro-batches"][1], rtol=1e-4, atol=1e-4)
 
 
 def test_cycles_are_those_of_one_rank_to_rounding(ranks, alone):
-    assert_close(ranks[0]["cycles"], alone["cycles"])
+    for found in (rank["cycles"] for rank in ranks if "cycles" in rank):
+        assert_close(found, alone["cycles"])
 
 
 def test_perplexity_is_that_of_one_rank_to_the_bit(ranks, alone):
@@ -295,7 +327,7 @@ def test_torchrun_leaves_the_directory_of_one_process(tmp_path):
     )
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("saved after") == 1
-    assert told.stderr.count("step 2") == 1
+    assert told.stderr.count("prune  1/2") == 1
     settings = RunSettings(
         str(directory),
         tmp_path / "one",
