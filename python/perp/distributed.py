@@ -36,8 +36,8 @@ T = TypeVar("T")
 K = TypeVar("K")
 S = TypeVar("S", Tensor, Sequence[int])
 
-# How long a rank waits for another that is alive. Longer than reading a model from a slow disk; a rank that died is
-# noticed at once.
+# How long a rank waits for another: longer than a slow disk takes to read a model. One that dies is noticed earlier,
+# by its connections and by torchrun.
 PATIENCE = timedelta(minutes=30)
 
 # Tensors of fewer elements are added up together: one message of 4 MB takes hardly longer than an empty one.
@@ -60,11 +60,6 @@ def leads() -> bool:
     return _rank == 0
 
 
-def started() -> int:
-    """How many processes torchrun says it has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def neighbours() -> int:
     """How many ranks share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _size > 1 else 1
@@ -75,10 +70,11 @@ def joined(device: str | None = None) -> Iterator[str]:
     """Join the processes that torchrun has started, for the duration; yields the device of this one.
 
     `device`: "cpu", "cuda" or None, for the GPU of the rank's own number on its machine where there are GPUs. Other
-    ranks than the first give no warnings and log nothing. UserError, on all ranks, where one has no device. Alone, it
+    ranks than the first give no warnings and log nothing. A process group that is there already is used, and has to
+    serve CPU tensors, too. UserError, on all ranks, where one has no device. Alone, it
     yields the device that was asked for or found.
     """
-    if started() == 1:
+    if machine.processes() == 1:
         yield machine.find_device(device)
         return
     with ExitStack() as undone:
@@ -180,9 +176,9 @@ def add_up_(tensors: Iterable[Tensor]) -> None:
         else:
             _all_reduce_(tensor)
     for alike in small.values():
-        together_ = torch.cat([tensor.flatten() for tensor in alike])
-        _all_reduce_(together_)
-        for tensor, summed in zip(alike, together_.split([tensor.numel() for tensor in alike]), strict=True):
+        joint = torch.cat([tensor.flatten() for tensor in alike])
+        _all_reduce_(joint)
+        for tensor, summed in zip(alike, joint.split([tensor.numel() for tensor in alike]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
 
@@ -231,6 +227,15 @@ def check_windows(count: int) -> None:
         raise UserError(
             f"{count} calibration windows are too few for {_size} ranks; give --windows {_size} or more, or start "
             "fewer ranks."
+        )
+
+
+def check_batch(count: int) -> None:
+    """UserError where a rank would have none of a batch of so many windows."""
+    if count < _size:
+        raise UserError(
+            f"a batch of {count} windows is too small for {_size} ranks; give --batch {_size} or more, or start fewer "
+            "ranks."
         )
 
 

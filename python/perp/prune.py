@@ -79,11 +79,10 @@ def prune_model(
 
     Each block is fed by the pruned blocks before it, unless the settings ask for dense inputs. One pass with its dense
     weights gives the statistics of all its linears; then each unit in turn is pruned and, with `reconstruct`, fitted to
-    its target. Where there are several ranks (`perp.distributed`), all call this alike and end with the same model.
-    `residence`: where blocks and activations are, for those not in memory; units that it has from an
-    earlier run are not computed again, and a unit is a block or half of one. The model is put in eval mode. What can be
-    refused is refused before any weight changes: UserError, or PatternError for a layer whose inputs do not divide by
-    M.
+    its target. `residence`: where blocks and activations are, for those not in memory; units that it has from an
+    earlier run are not computed again, and a unit is a block or half of one. The model is put in eval mode. Where there
+    are several ranks (`perp.distributed`), all call this alike and end with the same model. What can be refused is
+    refused before any weight changes: UserError, or PatternError for a layer whose inputs do not divide by M.
     """
     started = time.monotonic()
     pruner, pattern = pruners.resolve(method, pattern)

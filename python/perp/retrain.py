@@ -83,6 +83,8 @@ def retrain(
     """
     settings, progress = settings or RetrainSettings(), progress or Silent()
     _check(model, windows, settings, teacher)
+    if checkpoint and distributed.size() > 1:
+        raise UserError("a training spread over several processes writes no checkpoint; leave it out.")
     mode = parts.adapter_mode(settings.parts)
     if mode and not adapters.adapted(model):
         adapters.attach(model, mode, settings.r, settings.alpha, settings.seed)
@@ -146,6 +148,7 @@ def _training(model: Any, checkpointing: bool, seed: int) -> Iterator[None]:
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     was_training = model.training
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        # Ranks drop differently, as the windows of one batch do.
         torch.manual_seed(seed + distributed.rank())
         model.train()
         try:
@@ -172,11 +175,7 @@ def _check(model: Any, windows: Tensor, settings: RetrainSettings, teacher: Teac
         )
     if settings.batch < 1 or settings.micro_batch < 1:
         raise UserError("the batch and the micro-batch must be at least one window.")
-    if settings.batch < distributed.size():
-        raise UserError(
-            f"a batch of {settings.batch} windows is too small for {distributed.size()} ranks; give --batch "
-            f"{distributed.size()} or more, or start fewer ranks."
-        )
+    distributed.check_batch(settings.batch)
     if settings.precision == "bf16" and model.dtype == torch.float16:
         raise UserError("the model is float16, which bf16 does not widen; load it in float32 or bfloat16.")
     if settings.distil and teacher is None:

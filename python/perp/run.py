@@ -57,7 +57,6 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
     """
     with distributed.together():
         pattern = settings.check(job)
-        _check_ranks(job)
     progress = progress if progress and distributed.leads() else Silent()
     # The packaged text has a second one to be judged on, of another kind.
     eval_data = job.eval_data or (("demo:sotu",) if job.data == "demo" else ())
@@ -80,26 +79,6 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
         used = round(machine.peak(job.device or "cpu") * 1e9) if plan.device else 0
         logger.info(told(plan, taken.most - before, used, time.monotonic() - started))
         return found
-
-
-def _check_ranks(job: RunSettings) -> None:
-    """Refuse what several processes cannot do, and what one cannot."""
-    ranks = distributed.size()
-    if job.shard and ranks == 1:
-        raise UserError("--shard shares weights out among the processes of torchrun, and this is one; leave it out.")
-    if ranks == 1:
-        return
-    if job.stream or job.resume:
-        raise UserError(
-            f"{'--stream' if job.stream else '--resume'} is of a run of one process; start it without torchrun."
-        )
-    if job.retrain and job.batch < ranks:
-        raise UserError(
-            f"a batch of {job.batch} windows is too small for {ranks} ranks; give --batch {ranks} or more, or start "
-            "fewer ranks."
-        )
-    if job.windows is not None:
-        distributed.check_windows(job.windows)
 
 
 def _kind(job: RunSettings, plan: Plan) -> type[Job]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from perp import checkpoints, choice, machine, manifest, models, pruners, record
+from perp import checkpoints, choice, distributed, machine, manifest, models, pruners, record
 from perp.errors import UserError
 from perp.granularity import Granularity
 from perp.iterate import divided, schedule
@@ -180,6 +180,7 @@ def check(settings: RunSettings, weights: bool = True) -> Pattern:
     machine.check_dtype(settings.dtype)
     _check_reconstruction(settings)
     _check_cycles(settings)
+    _check_ranks(settings)
     # Parts that exclude each other are refused by the settings they go to.
     _ = settings.for_reconstruct, settings.for_retrain
     if ("lora" in settings.retrain) != settings.keep_adapters:
@@ -219,6 +220,22 @@ def _check_reconstruction(settings: RunSettings) -> None:
     granularity = Granularity.parse(settings.reconstruct)
     if granularity.name == "matrix" and set(settings.reconstruct_parts) == {"norms"}:
         raise UserError("single matrices have no norms to reconstruct with; add kept, or choose half-block.")
+
+
+def _check_ranks(settings: RunSettings) -> None:
+    """Refuse what several processes cannot do, and what one cannot."""
+    ranks = distributed.size()
+    if ranks == 1:
+        if settings.shard:
+            raise UserError("--shard shares weights out among the processes of torchrun; leave it out without them.")
+        return
+    if settings.stream or settings.resume:
+        name = "--stream" if settings.stream else "--resume"
+        raise UserError(f"{name} is of a run of one process; leave it out, or start without torchrun.")
+    if settings.retrain:
+        distributed.check_batch(settings.batch)
+    if settings.windows is not None:
+        distributed.check_windows(settings.windows)
 
 
 def demo(out: Path) -> list[RunSettings]:

@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import perp
 from perp import checkpoints, data, distributed, run
+from perp.cli import app
 from perp.distil import Teacher
 from perp.errors import UserError
 from perp.iterate import prune_retrain
@@ -144,6 +146,7 @@ def refused(directory: Path) -> dict[str, tuple[str, str]]:
         "stream": refusal(run.run, replace(job, stream=True)),
         "resume": refusal(run.run, replace(job, resume=True)),
         "lock": refusal(run.run, job),
+        "memory": refusal(run.run, replace(job, out=directory / "free", cpu_memory="1MB")),
         "one rank": refusal(fails_on_the_last),
     }
 
@@ -284,6 +287,7 @@ def test_what_cannot_be_is_refused_with_one_sentence_on_every_rank(ranks):
     assert "--stream is of a run of one process" in refused["stream"][1]
     assert "--resume is of a run of one process" in refused["resume"][1]
     assert "another run (process " in refused["lock"][1]
+    assert "does not fit" in refused["memory"][1]
     assert refused["one rank"][1] == "the last rank has no room."
     for name, (_, sentence) in refused.items():
         assert {rank["refused"][name][1] for rank in ranks} == {sentence}
@@ -309,9 +313,18 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
     assert "onnection" in first or "losed" in first
 
 
+def test_other_commands_are_of_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    monkeypatch.setenv("RANK", "1")
+    refused = CliRunner().invoke(app, ["doctor"])
+    assert refused.exit_code == 2
+    assert "perp doctor is one process; start it without torchrun." in refused.output
+
+
 def test_sharing_weights_out_takes_several_ranks(tmp_path):
     job = RunSettings(str(tiny.model_dir(tmp_path)), tmp_path / "out", shard=True, device="cpu")
-    with pytest.raises(UserError, match="--shard shares weights out among the processes of torchrun"):
+    with pytest.raises(UserError, match="--shard shares weights out among the processes of torchrun; leave it out"):
         run.run(job)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import perp
-from perp import boundary
+from perp import boundary, machine
 from perp.errors import UserError
 
 app = typer.Typer(
@@ -97,7 +96,7 @@ def command(example: str, ranks: bool = False) -> Callable[[Callable[..., None]]
         @functools.wraps(function)
         def guarded(*arguments: Any, **options: Any) -> None:
             with boundary.command():
-                if not ranks and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                if not ranks and machine.processes() > 1:
                     raise UserError(f"perp {function.__name__} is one process; start it without torchrun.")
                 function(*arguments, **options)
 
