@@ -222,8 +222,8 @@ def most(count: int) -> int:
 
 
 def check_windows(count: int) -> None:
-    """UserError where a rank would have none of so many calibration windows."""
-    if count < _size:
+    """UserError where only some ranks would have any of so many calibration windows."""
+    if 0 < count < _size:
         raise UserError(
             f"{count} calibration windows are too few for {_size} ranks; give --windows {_size} or more, or start "
             "fewer ranks."
