@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from perp.errors import UserError
+from perp.errors import Echo, UserError
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 
@@ -31,6 +31,8 @@ def command() -> Iterator[None]:
         _fail(
             "interrupted; nothing is left half-written, and perp run goes on when it is given again.", _code(interrupt)
         )
+    except Echo as error:
+        raise typer.Exit(BAD_INPUT) from error
     except UserError as error:
         _fail(str(error))
     except ValueError as error:

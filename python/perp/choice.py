@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perp import allocate as allocation
+from perp import distributed
 from perp.errors import UserError
 from perp.pruners import Pruner, magnitude
 from perp.refine import RefineSettings
@@ -56,22 +57,38 @@ class Choice:
     def prune(self, unit: Unit, statistics: Mapping[str, Statistics], pattern: Pattern) -> None:
         """Prune the unit's linears; of the projection of several experts, each expert's matrix by itself.
 
-        A pruned weight is new memory: the old one may be mapped from a file, and would stay in memory for a copy.
+        The matrices are spread over the ranks. A pruned weight is new memory: the old one may be mapped from a file,
+        and would stay in memory for a copy.
         """
-        for name, linear in unit.linears.items():
-            read, weight = statistics.get(name), linear.weight
-            if weight.ndim == 2:
-                weight.data, mask = self._prune(name, weight, read, pattern)
-            else:
-                new, masks = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), []
-                for e, dense in enumerate(weight):
-                    new[e], own = self._prune(f"{name}[{e}]", dense, read and read.of_expert(e), pattern)
-                    masks.append(own)
-                weight.data, mask = new, torch.stack(masks)
-            self.masks[name] = mask
+        linears, masks = unit.linears, {}
+        costs = {label: _cost(own) for name, linear in linears.items() for label, own in _parts(name, linear.weight)}
+        owners = distributed.spread(costs)
+        with distributed.together():
+            for name, linear in linears.items():
+                read, weight = statistics.get(name), linear.weight
+                if weight.ndim == 2:
+                    weight.data, masks[name] = self._prune(name, weight, read, pattern, owners)
+                else:
+                    new, own = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), []
+                    for e, (label, dense) in enumerate(_parts(name, weight)):
+                        new[e], mask = self._prune(label, dense, read and read.of_expert(e), pattern, owners)
+                        own.append(mask)
+                    weight.data, masks[name] = new, torch.stack(own)
+        for name, linear in linears.items():
+            for (label, weight), (_, mask) in zip(
+                _parts(name, linear.weight.data), _parts(name, masks[name]), strict=True
+            ):
+                distributed.send_out_(weight, owners[label])
+                distributed.send_out_(mask, owners[label], through=weight.device)
+        self.masks.update(masks)
+        self.refined |= distributed.merged({label: self.refined[label] for label in owners if label in self.refined})
 
-    def _prune(self, name: str, weight: Tensor, read: Statistics | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """One matrix pruned, and its mask on the CPU."""
+    def _prune(
+        self, name: str, weight: Tensor, read: Statistics | None, pattern: Pattern, owners: Mapping[str, int]
+    ) -> tuple[Tensor, Tensor]:
+        """One matrix pruned, and its mask on the CPU; tensors to be filled where another rank prunes it."""
+        if owners[name] != distributed.rank():
+            return torch.empty_like(weight), torch.empty(weight.shape, dtype=torch.bool)
         if self.needs and not (read and read.tokens):
             self.unread.append(name)
             new, mask = magnitude.prune(weight, None, pattern)
@@ -93,10 +110,10 @@ class Choice:
 
     def report(self, method: str, stacklevel: int = 2) -> None:
         """Warn of linears without statistics, and of masks that refinement left as they were."""
-        if self.unread:
+        if unread := [name for own in distributed.gather(self.unread) for name in own]:
             warnings.warn(
-                f"{len(self.unread)} linears read no token of the calibration text and were pruned by magnitude, such "
-                f"as {self.unread[0]}; use more windows.",
+                f"{len(unread)} linears read no token of the calibration text and were pruned by magnitude, such "
+                f"as {unread[0]}; use more windows.",
                 stacklevel=stacklevel + 1,
             )
         if kept := [name for name, refined in self.refined.items() if refined.steps == 0]:
@@ -105,3 +122,14 @@ class Choice:
                 f"linears, such as {kept[0]}; they keep the one of {method}.",
                 stacklevel=stacklevel + 1,
             )
+
+
+def _parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The matrices of a linear [N, K], which is one, or of several experts' [E, N, K], with a name for each."""
+    return [(name, tensor)] if tensor.ndim == 2 else [(f"{name}[{e}]", own) for e, own in enumerate(tensor)]
+
+
+def _cost(weight: Tensor) -> float:
+    """What choosing its mask takes, to a factor: the decomposition of its Gram, and a pass over that for each row."""
+    N, K = weight.shape
+    return K * K * (K + N)

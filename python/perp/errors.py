@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the sentence and exits with code 2; nothing half-written is left behind.
     """
+
+
+class Echo(UserError):
+    """An error of another process of the same job, which tells it: here it only ends the job."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from perp import data, machine
+from perp import data, distributed, machine
 from perp.errors import UserError
 from perp.loss import Head
 from perp.progress import Progress, Silent
@@ -29,8 +29,9 @@ def perplexity(
     """exp of the mean loss over the non-overlapping `windows`, int64 [n, T]; each gives T - 1 targets, no BOS is added.
 
     Log-probabilities are taken in fp32, chunk by chunk, so that the logits of a whole window are never held at once.
-    `reading` is entered for each window, by its number, while the model computes on it. Raises UserError where the
-    model gives NaN or infinite logits.
+    `reading` is entered for each window, by its number, while the model computes on it. The windows are spread over
+    the ranks, and the result is to the bit that of one rank. Raises UserError where the model gives NaN or infinite
+    logits.
     """
     progress = progress or Silent()
     if windows.shape[0] == 0 or windows.shape[1] < 2:
@@ -38,19 +39,23 @@ def perplexity(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    head, total = Head(model), 0.0
-    for number, window in enumerate(windows.to(device), start=1):
-        with reading(number - 1) if reading else nullcontext():
-            loss = sum(loss.item() for loss in _losses(head, window))
-        if not math.isfinite(loss):
+    head, losses = Head(model), dict[int, float]()
+    for index, window in enumerate(distributed.part(windows).to(device)):
+        number = distributed.number(index)
+        with reading(number) if reading else nullcontext():
+            losses[number] = sum(loss.item() for loss in _losses(head, window))
+        if not math.isfinite(losses[number]):
+            break
+        progress.unit("", perplexity=_mean_exp(losses, windows))
+    losses = distributed.merged(losses)
+    for number in sorted(losses):
+        if not math.isfinite(losses[number]):
             raise UserError(
-                f"the model's output on window {number} of {len(windows)} is NaN or infinite: "
+                f"the model's output on window {number + 1} of {len(windows)} is NaN or infinite: "
                 "its weights are damaged or its dtype is too narrow (try --dtype float32)"
             )
-        total += loss
-        progress.unit("", perplexity=_exp(total / (number * (windows.shape[1] - 1))))
     model.train(training)
-    return _exp(total / (len(windows) * (windows.shape[1] - 1)))
+    return _mean_exp(losses, windows)
 
 
 def window_length(model: Any, asked: int | None) -> int:
@@ -94,7 +99,7 @@ def on_texts(
     windows = {name: data.windows(tokenizer, text, seqlen, count) for name, text in texts.items()}
     found = {}
     for name, tokens in windows.items():
-        progress.stage(f"perplexity {name}", len(tokens))
+        progress.stage(f"perplexity {name}", distributed.most(len(tokens)))
         found[name] = perplexity(model, tokens, progress)
     progress.done()
     return found
@@ -129,7 +134,9 @@ def on_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None
     }
 
 
-def _exp(mean: float) -> float:
+def _mean_exp(losses: Mapping[int, float], windows: torch.Tensor) -> float:
+    """exp of the mean over the targets of these windows, which are added in their order."""
+    mean = sum(losses[number] for number in sorted(losses)) / (len(losses) * (windows.shape[1] - 1))
     return math.exp(mean) if mean < 700 else math.inf
 
 

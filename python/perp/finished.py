@@ -39,7 +39,6 @@ class Finished:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
         self.made = 0
         self._verified: set[int] = set()
 
@@ -57,6 +56,10 @@ class Finished:
             return [Pattern.parse(text) for text in json.loads(path.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError, AttributeError, PatternError) as error:
             raise UserError(f"{path} is damaged; delete it and run again.") from error
+
+    def begin(self) -> None:
+        """Make the directory, which what is written goes into."""
+        self.directory.mkdir(parents=True, exist_ok=True)
 
     def write_patterns(self, patterns: Sequence[Pattern]) -> None:
         write_json([str(pattern) for pattern in patterns], self.directory / _PATTERNS)

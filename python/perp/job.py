@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from perp import data, machine, manifest, record, report
+from perp import data, distributed, machine, manifest, record, report
 from perp.blocks import all_prunable
 from perp.distil import Teacher
 from perp.errors import UserError
@@ -76,6 +76,7 @@ class Job:
             warnings.warn(
                 f"the text gives {len(self.training)} windows of {seqlen} tokens, fewer than {count}.", stacklevel=2
             )
+        distributed.check_windows(len(self.calibration))
         self.held_out = {
             name: data.windows(self.tokenizer, text, seqlen, job.eval_windows) for name, text in texts.held_out.items()
         }
@@ -83,7 +84,9 @@ class Job:
         # As the manifest is to tell them.
         self.job = replace(job, windows=len(self.calibration), seqlen=seqlen)
         asked = {**dataclasses.asdict(self.job), "text": self.identity}
-        self.record = record.Record(job.out, asked, plan.stream, self.directory, job.overwrite)
+        self.record: record.Record | None = None
+        if distributed.size() == 1:
+            self.record = record.Record(job.out, asked, plan.stream, self.directory, job.overwrite)
 
     def load(self) -> None:
         """The dense model, from its files again."""
@@ -144,9 +147,10 @@ class Job:
         if job.retrain:
             rows += self.retrain(stage, masks, teacher)
         found = Report(job.title, rows)
-        self.save(self.manifest(rows, masks), masks)
-        report.write([found], job.out / "perp")
-        record.forget(job.out)
+        if distributed.leads():
+            self.save(self.manifest(rows, masks), masks)
+            report.write([found], job.out / "perp")
+            record.forget(job.out)
         return found
 
     def comparison(self, dense: Sequence[Row]) -> list[Row]:
@@ -172,14 +176,18 @@ class Job:
 
     def known(self, name: str, make: Callable[[], Row]) -> Row:
         """The row of this stage, from an earlier process or made now."""
-        row = self.record.row(name)
+        row = self.record.row(name) if self.record else None
         if row is None:
             row = make()
-            self.record.add(row)
+            if self.record:
+                self.record.add(row)
         return row
 
     def stage(self, name: str) -> Finished:
-        return Finished(record.stage(self.job.out, name))
+        stage = Finished(record.stage(self.job.out, name))
+        if self.record:
+            stage.begin()
+        return stage
 
     def drop(self, name: str) -> None:
         """Nothing more is wanted of this stage than its row."""

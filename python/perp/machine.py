@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -34,6 +35,11 @@ def find_device(name: str | None = None) -> str:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"there is no {name} here, torch finds {torch.cuda.device_count()} GPUs; give another device.")
     return name
+
+
+def processes() -> int:
+    """How many processes torchrun has started of this program, on all machines; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def use_threads(count: int | None) -> None:

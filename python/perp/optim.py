@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perp import distributed
 from perp.errors import UserError
 
 # float16 gradients below 6e-8 vanish; from 2^16 on down, the first steps find the largest scale that does not overflow.
@@ -64,7 +65,7 @@ class AdamW:
         self.adam = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0)
 
     def step(self, losses: Sequence[Callable[[], Tensor]]) -> float:
-        """Take one step on the sum of the losses and return that sum.
+        """Take one step on the sum of the losses, those of all ranks, and return that sum.
 
         Each callable runs one micro-batch forward and returns its scalar loss; graphs are freed one after the other. A
         callable may be called again (float16 overflow), so it must not consume what it reads. UserError, with the step
@@ -72,7 +73,9 @@ class AdamW:
         """
         rate = learning_rate(self.taken, self.steps, self.lr, self.warmup)
         while True:
-            total = sum(self._backward(loss(), rate) for loss in losses)
+            total = self._add_up(sum(self._backward(loss()) for loss in losses))
+            if not math.isfinite(total):
+                self._refuse(f"the loss became {total}", rate)
             if all(master.grad is None or bool(master.grad.isfinite().all()) for master in self.masters):
                 break
             self.adam.zero_grad()
@@ -116,17 +119,26 @@ class AdamW:
             if master is not parameter:
                 parameter.copy_(master)
 
-    def _backward(self, loss: Tensor, rate: float) -> float:
-        value = loss.item()
-        if not math.isfinite(value):
-            self._refuse(f"the loss became {value}", rate)
+    def _backward(self, loss: Tensor) -> float:
         (loss.float() * self.scale).backward()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter and parameter.grad is not None:
                 gradient = parameter.grad.float()
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
-        return value
+        return loss.item()
+
+    def _add_up(self, total: float) -> float:
+        """The sum of the ranks' totals; their gradients become the sum, too. None is one that no rank has."""
+        told = torch.tensor([total, *(master.grad is not None for master in self.masters)], dtype=torch.float64)
+        distributed.add_up_([told])
+        gradients = []
+        for master, found in zip(self.masters, told[1:].tolist(), strict=True):
+            if found:
+                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+                gradients.append(master.grad)
+        distributed.add_up_(gradients)
+        return told[0].item()
 
     def _refuse(self, what: str, rate: float) -> None:
         raise UserError(

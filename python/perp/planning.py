@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from perp import machine, models, pruners
+from perp import distributed, machine, models, pruners
 from perp.plan import Budget, Plan, Rates, Shape, Work, advice, choose, shape_of
 from perp.progress import duration
 from perp.settings import RunSettings
@@ -70,7 +70,7 @@ def work_of(job: RunSettings, device: str) -> Work:
     texts = 1 + len(job.eval_data or (("demo:sotu",) if job.data == "demo" else ()))
     again = fitted and "pruned" in job.compare
     return Work(
-        windows=job.windows or windows,
+        windows=distributed.most(job.windows or windows),
         seqlen=job.seqlen or seqlen,
         kept=float(1 - pattern.sparsity),
         statistics=pruners.get(job.method).NEEDS,
@@ -78,19 +78,19 @@ def work_of(job: RunSettings, device: str) -> Work:
         epochs=job.epochs,
         batch=job.reconstruct_batch,
         rank=job.rank,
-        judged=job.eval_windows * texts,
+        judged=distributed.most(job.eval_windows) * texts,
         states=2 + again + bool(job.retrain),
         passes=1 + again,
         packed=job.packed,
         gpu=device != "cpu",
         steps=job.steps if job.retrain else 0,
-        step_batch=job.batch,
+        step_batch=distributed.most(job.batch),
     )
 
 
 def budget_of(job: RunSettings, device: str) -> Budget:
     """What the job may take: as told, or most of what is free."""
-    host = machine.parse_size(job.cpu_memory) or int(USABLE * machine.free_memory())
+    host = machine.parse_size(job.cpu_memory) or int(USABLE * machine.free_memory()) // distributed.neighbours()
     gpu = 0
     if device != "cpu":
         gpu = machine.parse_size(job.gpu_memory) or int(USABLE * torch.cuda.mem_get_info(device)[0])

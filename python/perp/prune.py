@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perp import allocate as allocation
-from perp import pruners
+from perp import distributed, pruners
 from perp.activations import fill
 from perp.blocks import Arguments, ArgumentsOf, Calls, all_prunable, find_blocks, outputs, prunable, run_block
 from perp.choice import Choice, check
@@ -82,8 +82,9 @@ def prune_model(
     Each block is fed by the pruned blocks before it, unless the settings ask for dense inputs. One pass with its dense
     weights gives the statistics of all its linears; then each unit in turn is pruned and, with `reconstruct`, fitted to
     its target. `residence`: where blocks and activations are, and what is written down; units that it has from an
-    earlier run are not computed again. The model is put in eval mode. What can be refused is refused before any weight
-    changes: UserError, or PatternError for a layer whose inputs do not divide by M.
+    earlier run are not computed again. The model is put in eval mode. Where there are several ranks
+    (`perp.distributed`), all call this alike and end with the same model. What can be refused is refused before any
+    weight changes: UserError, or PatternError for a layer whose inputs do not divide by M.
     """
     started = time.monotonic()
     pruner, pattern = pruners.resolve(method, pattern)
@@ -104,11 +105,14 @@ def prune_model(
         if choice.needs or reconstruct or shares:
             if windows is None:
                 raise UserError(f"{method} needs windows of calibration text here; give some.")
+            distributed.check_windows(len(windows))
+            own = distributed.part(windows)
             choice.held_out = refine.windows(len(windows)) if refine else ()
             if shares:
-                patterns = residence.patterns(partial(allocation.owl, model, windows, pattern, progress, residence))
+                patterns = residence.patterns(partial(allocation.owl, model, own, pattern, progress, residence))
             if not residence.complete(count):
-                calls = residence.calls(model, windows)
+                with distributed.together():
+                    calls = residence.calls(model, own)
         if residence.complete(count):
             return done(residence.adopt(count), patterns)
         job = _Job(choice, patterns, reconstruct, calls, residence)
@@ -256,7 +260,7 @@ class _Job:
             own = unit.arguments(arguments)
             targets = self._states(outputs(unit, taught, own))
             self.choice.prune(unit, statistics, self.pattern)
-            if inputs:
+            if _read_everywhere(unit, len(inputs), len(flow.hidden)):
                 self.fit(unit, inputs, targets, own)
             if unit is not parts[-1]:  # which is kept with the block
                 self.residence.keep(unit, self.figures.of([unit]))
@@ -363,6 +367,14 @@ class _Job:
             sum(values) / len(losses) for values in zip(*((x.before, x.after) for x in losses), strict=True)
         )
         return {"before": before, "after": after}
+
+
+def _read_everywhere(unit: Unit, read: int, windows: int) -> bool:
+    """Whether `unit` runs at all; UserError where ranks would have to fit it to other windows than their own."""
+    found = distributed.total(read)
+    if distributed.size() > 1 and 0 < found < distributed.total(windows):
+        raise UserError(f"{unit.name} does not run in every window; choose half-block, or start one process.")
+    return found > 0
 
 
 def _keep(targets: MutableSequence[Tensor], output: Tensor) -> None:

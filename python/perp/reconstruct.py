@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perp import flow, parts, precision
+from perp import distributed, flow, parts, precision, unit_loss
 from perp.adapters import attach, merge
 from perp.blocks import outputs
 from perp.errors import UserError
@@ -100,7 +100,8 @@ def reconstruct(
     """Fit the pruned `unit` to `targets`; its pruned weights stay exactly zero.
 
     `masks`: bool [out, in], True = kept, of at least the unit's linears, by qualified name. `inputs`, `targets`: hidden
-    states [1, T, H], one per window, in memory of any device; `arguments(window_ids)`: the rest of the block's call.
+    states [1, T, H], one per window of this rank, in memory of any device; `arguments(window_ids)`: the rest of the
+    block's call.
 
     `targets` is used up, unless `keep_targets`: on return it holds the outputs of the unit as it was left, which the
     next unit reads, so that no third copy of the activations is ever alive. UserError where the unit's output is NaN or
@@ -165,18 +166,21 @@ def _train(
 ) -> bool:
     """Train the parameters; False where the loss or a gradient became NaN or infinite."""
 
-    def loss(ids: list[int]) -> Tensor:
+    def loss(ids: list[int], share: float) -> Tensor:
         output = unit(torch.cat([inputs[i] for i in ids]), arguments(ids))
-        return LOSSES[settings.loss](output, torch.cat([targets[i] for i in ids]))
+        return LOSSES[settings.loss](output, torch.cat([targets[i] for i in ids])) * share
 
-    steps = settings.epochs * math.ceil(len(inputs) / settings.batch)
+    count = int(distributed.total(len(inputs)))
+    steps = settings.epochs * math.ceil(count / settings.batch)
     generator = torch.Generator().manual_seed(settings.seed)
     with precision.narrowed_linears(unit.linears.values(), precision.get(settings.precision)) as masters:
         optimiser = AdamW(parameters, settings.rate, steps, settings.warmup, inputs[0].dtype, masters)
         for _ in range(settings.epochs):
-            for ids in torch.randperm(len(inputs), generator=generator).split(settings.batch):
+            for ids in torch.randperm(count, generator=generator).split(settings.batch):
+                own = distributed.held(ids.tolist())
+                share = distributed.share(sum(unit_loss.weight(settings.loss, targets[i]) for i in own))
                 try:
-                    optimiser.step([partial(loss, ids.tolist())])
+                    optimiser.step([partial(loss, own, share)] if own else [])
                 except UserError:
                     return False
     return True
@@ -191,13 +195,14 @@ def _measure(
     error: Error,
     overwrite: bool = False,
 ) -> float:
-    """The mean of the windows' losses; with `overwrite`, each target gives way to the output."""
-    total = 0.0
+    """The mean of all windows' losses; with `overwrite`, each target gives way to the output."""
+    losses = {}
     for window, output in enumerate(outputs(unit, inputs, arguments)):
-        total += error(output, targets[window]).item()
+        losses[distributed.number(window)] = error(output, targets[window]).item()
         if overwrite:
             targets[window] = output
-    return total / len(inputs)
+    losses = distributed.merged(losses)
+    return sum(losses[window] for window in sorted(losses)) / len(losses)
 
 
 def _begun(unit: Unit) -> tuple[dict[str, SparseWeight], list[tuple[nn.Parameter, Tensor]]]:

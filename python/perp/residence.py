@@ -101,6 +101,7 @@ class Recorded(Resident):
         super().__init__()
         self.prefix, self.blocks = find_blocks(model)
         self.stage = stage
+        stage.begin()
         self._read: tuple[int, Mapping[str, Tensor]] | None = None
 
     def complete(self, count: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perp import checkpoints, models, precision, record, report
+from perp import checkpoints, distributed, models, precision, record, report
 from perp.adapters import Adapter, attach, detach, merge
 from perp.blocks import all_prunable, find_blocks
 from perp.distil import Teacher
@@ -25,7 +25,7 @@ from perp.modes import MODES
 from perp.parts import adapter_mode, count_trainable, select_trainable
 from perp.prune import Pruned
 from perp.report import Row
-from perp.residence import Recorded
+from perp.residence import Recorded, Resident
 from perp.retrain import RetrainSettings, drawn, retrain
 from perp_kernels import Pattern
 
@@ -46,8 +46,8 @@ class ResidentJob(Job):
         needed = checkpoints.size(self.model, job.packed, stages=job.cycles)
         checkpoints.check_output(job.out, job.overwrite or record.unfinished(job.out), needed)
 
-    def residence(self, stage: Finished) -> Recorded:
-        return Recorded(self.model, stage)
+    def residence(self, stage: Finished) -> Resident:
+        return Recorded(self.model, stage) if self.record else Resident()
 
     def holding(self, stage: Finished) -> AbstractContextManager[None]:
         return nullcontext()
@@ -58,7 +58,7 @@ class ResidentJob(Job):
     def judge(self) -> tuple[dict[str, float], float]:
         found = {}
         for name, windows in self.held_out.items():
-            self.progress.stage(f"perplexity {name}", len(windows))
+            self.progress.stage(f"perplexity {name}", distributed.most(len(windows)))
             found[name] = perplexity(self.model, windows, self.progress)
             self.progress.done()
         return found, _zeros(self.model)
@@ -82,7 +82,7 @@ class ResidentJob(Job):
         if settings is None or not settings.distil:
             return None
         orders = [drawn(len(self.training), training) for training in self.trainings]
-        numbers = torch.cat([numbers for order in orders for numbers in order]).tolist()
+        numbers = torch.cat([distributed.part(numbers) for order in orders for numbers in order]).tolist()
         with precision.narrowed(self.model, precision.get(settings.precision)):
             return Teacher(self.model, self.training, numbers, settings.distil, settings.temperature, self.progress)
 
@@ -96,7 +96,7 @@ class ResidentJob(Job):
         job = self.job
         if not patterns:
             return
-        stages = [self.stage(f"cycle-{number + 1}") for number in range(len(patterns))]
+        stages = [self.stage(f"cycle-{number + 1}") for number in range(len(patterns) if self.record else 0)]
         prune_retrain(
             self.model,
             self.calibration,
@@ -152,7 +152,8 @@ class ResidentJob(Job):
     ) -> tuple[int, int]:
         """Train under these masks, from where an earlier process came to; how many parameters train, of how many."""
         swap_linears(self.model, masks)
-        retrain(self.model, self.training, settings, self.progress, teacher, self.stage(name).training)
+        checkpoint = self.stage(name).training if self.record else None
+        retrain(self.model, self.training, settings, self.progress, teacher, checkpoint)
         return count_trainable(self.model)
 
     def save(self, content: dict[str, Any], masks: Mapping[str, Tensor]) -> None:

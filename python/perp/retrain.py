@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perp import adapters, distil, head, parts, precision
+from perp import adapters, distil, distributed, head, parts, precision
 from perp.distil import Teacher
 from perp.errors import UserError
 from perp.loss import WindowLoss
 from perp.optim import AdamW
 from perp.progress import Progress, Silent
 from perp.resume import Checkpoint
+from perp.sharded import sharded
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class RetrainSettings:
     `micro_batch` at a time, with the same gradient. `checkpointing` recomputes each block's activations in the backward
     pass instead of keeping them, where the model offers it. `seed` draws the order of the windows, the adapters' start
     and, where the model has it, dropout. `distil` and `temperature`: the weight of the dense model's predictions in the
-    loss and the temperature of both (`perp.distil`). `precision`: "model" or "bf16" (`perp.precision`).
+    loss and the temperature of both (`perp.distil`). `precision`: "model" or "bf16" (`perp.precision`). `shard`: of the
+    blocks' frozen weights each rank holds a part (`perp.sharded`).
     """
 
     parts: Collection[str] = ("mask_lora", "norms")
@@ -46,6 +48,7 @@ class RetrainSettings:
     distil: float = 0.0
     temperature: float = 1.0
     precision: str = "model"
+    shard: bool = False
 
     def __post_init__(self) -> None:
         parts.check(self.parts)
@@ -71,7 +74,8 @@ def retrain(
     The loss is the mean cross-entropy of a batch's T - 1 targets per window, or what `settings.distil` makes of it with
     the `teacher`, made of the dense model and the same windows (those that `drawn` gives will do). Adapters are
     attached where the parts name a mode and none are there, and are left for `perp.adapters.merge`; what trained keeps
-    requires_grad. The same settings on the same machine's CPU repeat bitwise.
+    requires_grad. The same settings on the same machine's CPU repeat bitwise. Where there are several ranks
+    (`perp.distributed`), all call this alike, each computes on a part of every batch, and all end with the same model.
 
     With `checkpoint`, a file, the training is written down every few minutes and at its end, and goes on from there
     when it is called again the same way, to the same bits. UserError for windows that are no token ids of this model, a
@@ -79,6 +83,8 @@ def retrain(
     """
     settings, progress = settings or RetrainSettings(), progress or Silent()
     _check(model, windows, settings, teacher)
+    if checkpoint and distributed.size() > 1:
+        raise UserError("a training spread over several processes writes no checkpoint; leave it out.")
     mode = parts.adapter_mode(settings.parts)
     if mode and not adapters.adapted(model):
         adapters.attach(model, mode, settings.r, settings.alpha, settings.seed)
@@ -90,6 +96,7 @@ def retrain(
     with (
         precision.narrowed(model, precision.get(settings.precision)) as masters,
         _training(model, settings.checkpointing, settings.seed),
+        sharded(model, settings.shard),
     ):
         optimiser = AdamW(parameters, settings.rate, settings.steps, settings.warmup, model.dtype, masters)
         loss = WindowLoss(model, teacher if settings.distil else None)
@@ -101,8 +108,8 @@ def retrain(
         for order in left:
             share = 1 / (len(order) * (windows.shape[1] - 1))
             micro = [
-                partial(loss, windows[part].to(model.device), share, part.tolist())
-                for part in order.split(settings.micro_batch)
+                partial(loss, windows[part].to(model.device), factor, part.tolist())
+                for part, factor in _own_part(order, share, settings.micro_batch)
             ]
             losses.append(optimiser.step(micro))
             tokens += len(order) * windows.shape[1]
@@ -122,6 +129,16 @@ def drawn(count: int, settings: RetrainSettings) -> list[Tensor]:
     return list(torch.cat(rounds)[:needed].split(settings.batch)) if rounds else []
 
 
+def _own_part(order: Tensor, share: float, size: int) -> list[tuple[Tensor, float]]:
+    """This rank's micro-batches of a batch, each with its factor.
+
+    They are as many on every rank, since sharded blocks run on all at once; what is added is a repetition of factor 0.
+    """
+    own = [(part, share) for part in distributed.part(order).split(size)]
+    missing = -(-distributed.most(len(order)) // size) - len(own)
+    return own + [(own[-1][0], 0.0)] * missing
+
+
 @contextmanager
 def _training(model: Any, checkpointing: bool, seed: int) -> Iterator[None]:
     """Train mode with seeded dropout and, where the model offers it, checkpointed blocks; all undone at the end."""
@@ -130,7 +147,8 @@ def _training(model: Any, checkpointing: bool, seed: int) -> Iterator[None]:
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     was_training = model.training
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # Ranks drop differently, as the windows of one batch do.
+        torch.manual_seed(seed + distributed.rank())
         model.train()
         try:
             if checkpointing:
@@ -156,6 +174,7 @@ def _check(model: Any, windows: Tensor, settings: RetrainSettings, teacher: Teac
         )
     if settings.batch < 1 or settings.micro_batch < 1:
         raise UserError("the batch and the micro-batch must be at least one window.")
+    distributed.check_batch(settings.batch)
     if settings.precision == "bf16" and model.dtype == torch.float16:
         raise UserError("the model is float16, which bf16 does not widen; load it in float32 or bfloat16.")
     if settings.distil and teacher is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from perp import checkpoints, choice, machine, manifest, models, pruners, record
+from perp import checkpoints, choice, distributed, machine, manifest, models, pruners, record
 from perp.errors import UserError
 from perp.granularity import Granularity
 from perp.iterate import divided, schedule
@@ -39,8 +39,8 @@ class RunSettings:
     retraining. `reconstruct` is the unit of reconstruction (`perp.granularity`) or "none"; `inputs`, `targets`, `loss`
     are those of `ReconstructSettings`. `retrain` names the parts trained on the language-model loss (empty: none);
     `compare` the further lines measured: "pruned" (no recovery) and "dense-retrained" (the dense model trained on the
-    same text). Learning rates left at None are those that suit the parts. `distil` and `temperature` are those of
-    `RetrainSettings`, `precision` that of both kinds of training; `keep_adapters` saves adapters that do not merge
+    same text). Learning rates left at None are those that suit the parts. `distil`, `temperature` and `shard` are those
+    of `RetrainSettings`, `precision` that of both kinds of training; `keep_adapters` saves adapters that do not merge
     (lora) beside the pruned model. `data` is judged on its test part, `eval_data` whole. `calibration` draws windows of
     the "joined" text, or of single "documents" that are longer (`perp.data.document_windows`). `overwrite` replaces
     what is in `out`, also an unfinished run, which otherwise is gone on with (`perp.record`). `packed` writes the
@@ -74,6 +74,7 @@ class RunSettings:
     distil: float = 0.0
     temperature: float = 1.0
     precision: str = "model"
+    shard: bool = False
     keep_adapters: bool = False
     rank: int = 16
     alpha: float = 32.0
@@ -137,6 +138,7 @@ class RunSettings:
             distil=self.distil,
             temperature=self.temperature,
             precision=self.precision,
+            shard=self.shard,
             r=self.rank,
             alpha=self.alpha,
             # Not the seed that drew the calibration windows, so that training does not begin with the very same.
@@ -182,6 +184,7 @@ def check(settings: RunSettings, weights: bool = True) -> Pattern:
     machine.check_dtype(settings.dtype)
     _check_reconstruction(settings)
     _check_cycles(settings)
+    _check_ranks(settings)
     # Parts that exclude each other are refused by the settings they go to.
     _ = settings.for_reconstruct, settings.for_retrain
     if ("lora" in settings.retrain) != settings.keep_adapters:
@@ -235,6 +238,21 @@ def check_streamed(job: RunSettings) -> None:
     ):
         if refused:
             raise UserError(f"a streamed run cannot {what}, or pass --no-stream where the model fits in memory.")
+
+
+def _check_ranks(settings: RunSettings) -> None:
+    """Refuse what several processes cannot do, and what one cannot."""
+    ranks = distributed.size()
+    if ranks == 1:
+        if settings.shard:
+            raise UserError("--shard shares weights out among the processes of torchrun; leave it out without them.")
+        return
+    if settings.stream:
+        raise UserError("--stream is of a run of one process; leave it out, or start without torchrun.")
+    if settings.retrain:
+        distributed.check_batch(settings.batch)
+    if settings.windows is not None:
+        distributed.check_windows(settings.windows)
 
 
 def demo(out: Path) -> list[RunSettings]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import perp_kernels as pk
+from perp import distributed
 from perp.blocks import ArgumentsOf, run_block
 from perp.errors import UserError
 
@@ -64,6 +65,14 @@ class Statistics:
             for own, (start, stop) in zip(self.sums, pairwise([0, *offsets.tolist()]), strict=True):
                 own += x[start:stop].float().square().sum(0)
 
+    def finish(self) -> None:
+        """Add up what the ranks have seen, once each has seen its windows."""
+        distributed.add_up_([self.sums])
+        self.sums = self.sums.float()
+        self.tokens = int(distributed.total(self.tokens))
+        if self.routed is not None:
+            distributed.add_up_([self.routed])
+
 
 @torch.no_grad()
 def collect(
@@ -74,7 +83,7 @@ def collect(
     kind: Kind,
     held_out: Collection[int] = (),
 ) -> dict[str, Statistics]:
-    """Run the block over all windows and return each linear's statistics by its name in `linears`.
+    """Run the block over this rank's windows; each linear's statistics of all ranks, by its name in `linears`.
 
     `inputs`: hidden states [1, T, H], one per window; `arguments(window_ids)`: the rest of the block's call. Linears
     that read the very same tensors in the first window (queries, keys and values do) share one object. The windows in
@@ -99,16 +108,19 @@ def collect(
     hooks = {name: linear.register_forward_pre_hook(hook(name), with_kwargs=True) for name, linear in linears.items()}
     try:
         for window, hidden in enumerate(inputs):
-            apart = window in held_out
+            apart = distributed.number(window) in held_out
             run_block(block, hidden, arguments([window]))
             if window == 0:
-                for name, same in _alike(read).items():
+                for name, same in distributed.agreed(_alike(read)).items():
                     found[name] = found[same]
                     hooks.pop(name).remove()
                 read.clear()
     finally:
         for handle in hooks.values():
             handle.remove()
+    for statistics in {id(one): one for one in found.values()}.values():
+        for part in filter(None, (statistics, statistics.held_out)):
+            part.finish()
     for name, statistics in found.items():
         parts = (statistics, statistics.held_out or statistics)
         if not all(part.sums.isfinite().all() for part in parts):
@@ -119,8 +131,8 @@ def collect(
 def _empty(linear: Any, kind: Kind) -> Statistics:
     K, experts = linear.in_features, linear.weight.shape[:-2]
     routed = torch.zeros(experts, dtype=torch.int64) if experts else None
-    sums = torch.zeros((*experts, K) if kind == "norms" else (*experts, K, K), device=linear.weight.device)
-    return Statistics(sums, routed=routed)
+    shape, dtype = ((*experts, K), torch.float64) if kind == "norms" else ((*experts, K, K), torch.float32)
+    return Statistics(torch.zeros(shape, dtype=dtype, device=linear.weight.device), routed=routed)
 
 
 def _alike(read: Mapping[str, list[Tensor]]) -> dict[str, str]:

@@ -35,3 +35,8 @@ def _wide(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 LOSSES: dict[str, Error] = {"mse": _mse, "nmse": _nmse, "cosine": _cosine}
+
+
+def weight(loss: str, target: Tensor) -> float:
+    """How much a window's loss counts for that of several at once, which is their mean with these weights."""
+    return float(_wide(target, target)[1].square().sum()) if loss == "nmse" else 1.0

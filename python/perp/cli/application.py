@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 import perp
-from perp import boundary
+from perp import boundary, machine
+from perp.errors import UserError
 
 app = typer.Typer(
     name="perp",
@@ -68,13 +69,18 @@ TrustRemoteCode = Annotated[
 Quiet = Annotated[bool, option("--quiet", "-q", help="Show no progress.", panel=OUTPUT)]
 
 
-def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose help ends with `example`, and whose errors end as one sentence and an exit code."""
+def command(example: str, ranks: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose help ends with `example`, and whose errors end as one sentence and an exit code.
+
+    `ranks`: torchrun may start several processes of it.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def guarded(*arguments: Any, **options: Any) -> None:
             with boundary.command():
+                if not ranks and machine.processes() > 1:
+                    raise UserError(f"perp {function.__name__} is one process; start it without torchrun.")
                 function(*arguments, **options)
 
         # The help wraps by itself: each paragraph of the docstring becomes one line.

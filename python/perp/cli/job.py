@@ -186,6 +186,14 @@ def settings_of(
             metavar="NAME",
         ),
     ] = "model",
+    shard: Annotated[
+        bool,
+        option(
+            "--shard",
+            help="Share the frozen weights out among the processes of torchrun while retraining (FSDP2).",
+            panel=RECOVERY,
+        ),
+    ] = False,
     keep_adapters: Annotated[
         bool,
         option("--keep-adapters", help="Save lora adapters beside the model, since they do not merge.", panel=RECOVERY),
@@ -285,6 +293,7 @@ def settings_of(
         distil=distil,
         temperature=temperature,
         precision=precision,
+        shard=shard,
         keep_adapters=keep_adapters,
         rank=rank,
         alpha=alpha,
@@ -308,8 +317,10 @@ def settings_of(
     return settings.best(job, given(context)) if best else job
 
 
-def job_command(example: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command that has the options above, with these `defaults`, and then its own.
+def job_command(
+    example: str, ranks: bool = False, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command (`ranks`: see `command`) that has the options above, with these `defaults`, and its own.
 
     It is called with the settings of the job, and by name with what is its own.
     """
@@ -326,6 +337,6 @@ def job_command(example: str, **defaults: Any) -> Callable[[Callable[..., None]]
 
         whole.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         whole.__annotations__ = {one.name: one.annotation for one in parameters}
-        return command(example)(whole)
+        return command(example, ranks)(whole)
 
     return register

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,20 +17,24 @@ if TYPE_CHECKING:
     from perp.report import Report
 
 
-@job_command("perp run demo --pattern 2:4 --data demo --out runs/smaller")
+@job_command("perp run demo --pattern 2:4 --data demo --out runs/smaller", ranks=True)
 def run(job: Any, *, quiet: Quiet = False) -> None:
     """Prune a model, recover it, judge every state on held-out text, and save it.
 
     --out becomes an ordinary Hugging Face directory with exact zeros where weights were pruned: any tool loads it
     without perp. Its perp.json tells how it was made. No article that is judged on is calibrated or trained on. A run
     that was interrupted goes on from its last finished unit when the same command is given again.
+
+    On several GPUs: torchrun --nproc-per-node N -m perp run MODEL ...
     """
+    from perp import distributed
     from perp.run import run as run_job
 
     started = time.monotonic()
-    with progress_of(quiet) as progress:
-        found = run_job(job, progress)
-    _show([found], job.out, job.out / "perp", started)
+    with distributed.joined(job.device) as own, progress_of(quiet or not distributed.leads()) as progress:
+        found = run_job(replace(job, device=own), progress)
+        if distributed.leads():
+            _show([found], job.out, job.out / "perp", started)
 
 
 @command("perp demo --out runs/demo")
