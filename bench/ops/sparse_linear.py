@@ -15,6 +15,7 @@ from perp_kernels import cpu
 
 DENSE = "torch dense"
 OWN_DENSE = "own dense"
+TRITON = "our Triton kernel"
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 SOME_TOKENS = (1, 4, 8, 64, 512)
@@ -62,6 +63,13 @@ def own_dense(arguments: Arguments) -> Tensor:
     return cpu.sparse_linear.sparse_linear(arguments.x, w.values, w.index, None, w.layout, [*w.shape], None, None)
 
 
+@torch.no_grad()
+def by_triton(arguments: Arguments) -> Tensor:
+    """What serves few tokens on a GPU without CuPy."""
+    with pk.backend("triton"):
+        return ours(arguments)
+
+
 def check(arguments: Arguments) -> None:
     exact = arguments.x.double() @ arguments.weight.dense.double().T
     check_close(["the output"], [ours(arguments)], [dense(arguments)], [exact])
@@ -98,13 +106,14 @@ def gpu_case(T: int, N: int, K: int, layout: str = "bitmap", quick: bool = False
         ratio = 1.3 if 2 * N * K >= LARGE_BYTES else 1.0
     else:
         ratio = 0.92 if T >= 4096 else 0.84
-    return replace(general, peers={DENSE: dense}, targets=() if quick else (Target(DENSE, 1 / ratio),))
+    with_triton = {TRITON: by_triton} if T <= 16 and layout == "bitmap" and torch.cuda.is_available() else {}
+    return replace(general, peers={DENSE: dense} | with_triton, targets=() if quick else (Target(DENSE, 1 / ratio),))
 
 
 GPU_SHAPES = ((4096, 4096), (11008, 4096), (8192, 28672))
 GPU_CASES = [
     gpu_case(8, 96, 256, quick=True),
-    *(gpu_case(T, N, K) for N, K in GPU_SHAPES for T in (1, 8, 16, 2048, 4096)),
+    *(gpu_case(T, N, K) for N, K in GPU_SHAPES for T in (1, 2, 4, 8, 16, 2048, 4096)),
     *(gpu_case(T, 4096, 4096, "semi24") for T in (1, 16, 4096)),
 ]
 
@@ -169,6 +178,6 @@ OPS = [
         ],
         tests=("test_sparse_linear.py", "test_native_sparse_linear.py"),
         gpu_cases=GPU_CASES,
-        gpu_tests=("test_linear.py", "test_registered.py", "test_launched.py"),
+        gpu_tests=("test_linear.py", "test_registered.py", "test_launched.py", "../../cuda/launched/test_bitmap.py"),
     )
 ]

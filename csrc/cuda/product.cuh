@@ -11,7 +11,7 @@
 namespace perp {
 
 struct Product {
-  const unsigned char* values;  // tiled24
+  const unsigned char* values;
   const unsigned char* index;
   const u16* x;    // [tokens, inputs], 16-byte aligned rows x_stride elements apart
   i64 x_stride;
@@ -52,11 +52,32 @@ PERP_DEVICE void store_outputs(const Product& p, int token, int output, float4 s
   if (last > 2) y[3] = static_cast<u16>(high >> 16);
 }
 
+// The same as float sums of a part of the inputs [parts, tokens, outputs], without the bias.
+PERP_DEVICE void store_part(const Product& p, float* part_sums, int part, int token, int output, float4 sum) {
+  if (token >= p.tokens) return;
+  float* to = part_sums + (static_cast<i64>(part) * p.tokens + token) * p.outputs + output;
+  if (output < p.outputs) to[0] = sum.x;
+  if (output + 1 < p.outputs) to[1] = sum.y;
+  if (output + 2 < p.outputs) to[2] = sum.z;
+  if (output + 3 < p.outputs) to[3] = sum.w;
+}
+
+// y = the parts' sums in their order, and the bias: a thread for each element.
+template <class Type>
+PERP_DEVICE void sum_parts(const Product& p, const float* part_sums, int parts) {
+  const i64 count = static_cast<i64>(p.tokens) * p.outputs;
+  const i64 i = static_cast<i64>(block_index()) * block_threads() + thread_index();
+  if (i >= count) return;
+  float sum = part_sums[i];
+  for (int part = 1; part < parts; ++part) sum += part_sums[part * count + i];
+  p.y[i] = static_cast<u16>(round_pair<Type>(sum + bias_of<Type>(p, static_cast<int>(i % p.outputs)), 0.0f));
+}
+
 // Where sums wait to be turned: float [tokens, rows], each token 4 floats longer than its rows. A warp writes 8 rows of
 // 4 tokens that lie 2 apart: 2 (rows + 4) = 8 modulo 32 banks puts them in 32 different ones.
 template <int ROWS>
 struct Staging {
-  static_assert(ROWS % 32 == 0, "the padding counts on it");
+  static_assert(ROWS % 16 == 0, "the padding counts on it");
   static constexpr int kPitch = 4 * (ROWS + 4);  // bytes a token
   static constexpr int kQuads = ROWS / 4;  // reads of 16 bytes in a token
 

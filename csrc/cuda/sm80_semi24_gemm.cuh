@@ -123,12 +123,8 @@ struct Semi24Gemm80 {
       const float4 sum = load_shared4(Sums::at(shared, row, token));
       if (parts == 1) {
         store_outputs<Type>(p, first_token + token, output, sum);
-      } else if (first_token + token < p.tokens) {
-        float* to = part_sums + (static_cast<i64>(part) * p.tokens + first_token + token) * p.outputs + output;
-        if (output < p.outputs) to[0] = sum.x;
-        if (output + 1 < p.outputs) to[1] = sum.y;
-        if (output + 2 < p.outputs) to[2] = sum.z;
-        if (output + 3 < p.outputs) to[3] = sum.w;
+      } else {
+        store_part(p, part_sums, part, first_token + token, output, sum);
       }
     }
   }
@@ -141,16 +137,5 @@ struct Semi24Gemm80 {
     block.run(part_sums, parts, part_index());
   }
 };
-
-// y = the parts' sums [parts, tokens, outputs] in their order, and the bias: a thread for each element.
-template <class Type>
-PERP_DEVICE void sum_parts(const Product& p, const float* part_sums, int parts) {
-  const i64 count = static_cast<i64>(p.tokens) * p.outputs;
-  const i64 i = static_cast<i64>(block_index()) * block_threads() + thread_index();
-  if (i >= count) return;
-  float sum = part_sums[i];
-  for (int part = 1; part < parts; ++part) sum += part_sums[part * count + i];
-  p.y[i] = static_cast<u16>(round_pair<Type>(sum + bias_of<Type>(p, static_cast<int>(i % p.outputs)), 0.0f));
-}
 
 }  // namespace perp

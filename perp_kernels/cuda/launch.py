@@ -16,6 +16,9 @@ Runner = Callable[[Launch], None]
 
 _stand_in: tuple[Gpu, Runner] | None = None
 
+ALIGNMENT = 16
+"""Bytes of a copy to shared memory: what is copied begins at a multiple of them."""
+
 # Above this a kernel has to ask for its dynamic shared memory.
 _UNASKED_SHARED = 48 << 10
 
@@ -29,6 +32,14 @@ def standing_in(gpu: Gpu, run: Runner) -> Iterator[None]:
         yield
     finally:
         _stand_in = before
+
+
+def aligned_rows(matrix: Tensor) -> Tensor:
+    """A matrix of 16-bit elements whose rows begin at multiples of 16 bytes: itself or a copy."""
+    rows, columns = matrix.shape
+    apart = rows <= 1 or (matrix.stride(0) % 8 == 0 and matrix.stride(0) >= columns)
+    aligned = matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(1) == 1 and apart
+    return matrix if aligned else matrix.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
@@ -47,7 +58,7 @@ def _function(source: str, kernel: str, shared: int, device: int) -> Callable[..
 
     from perp_kernels.cuda import load
 
-    function = load.module(source, device).get_function(kernel)
+    function = load.module(source, device).module.get_function(kernel)
     if shared > _UNASKED_SHARED:
         driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
     return function

@@ -15,6 +15,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,52 +125,67 @@ def _load(cubin: bytes, device: int) -> Any:
     return loaded
 
 
-_origins: dict[int, str] = {}
+@dataclass(frozen=True)
+class Loaded:
+    """A module of CuPy's and where its code came from."""
+
+    module: Any
+    origin: str
+
+
+_origins: dict[tuple[int, str], str] = {}
 
 
 @functools.cache
-def module(source: str, device: int) -> Any:
+def module(source: str, device: int) -> Loaded:
     """The loaded module of a source on a device. Raises RuntimeError where neither a cubin nor NVRTC gives one."""
     capability = torch.cuda.get_device_capability(device)
     cubin = prebuilt(source, capability)
     if cubin is not None:
         try:
-            loaded = _load(cubin, device)
-            _origins[device] = f"cubin for {shipped_for(capability)}"
-            return loaded
+            return Loaded(_load(cubin, device), f"cubin for {shipped_for(capability)}")
         except Exception as error:
             _warn_once(
                 f"The driver refuses the CUDA kernels that came with this package, so NVRTC compiles them: {error}"
             )
     arch = architecture(capability)
     try:
-        loaded = _load(compiled(source, arch), device)
+        return Loaded(_load(compiled(source, arch), device), f"NVRTC for {arch}, kept in {_cache_folder()}")
     except Exception as error:
         raise RuntimeError(f"no CUDA kernels for {arch}: {error}") from error
-    _origins[device] = f"NVRTC for {arch}, kept in {_cache_folder()}"
-    return loaded
 
 
-def sources_for(capability: tuple[int, int]) -> tuple[str, ...]:
-    """The source files whose kernels a GPU runs."""
+BITMAP, SEMI24 = "bitmap", "2:4"
+KINDS = (BITMAP, SEMI24)
+"""The kinds of weights that have kernels; a process loads those of a kind when it first needs them."""
+
+
+def sources_for(capability: tuple[int, int], kind: str) -> tuple[str, ...]:
+    """The source files whose kernels a GPU runs on weights of a kind."""
+    if kind == BITMAP:
+        return ("sm80_bf16_bitmap_linear", "sm80_fp16_bitmap_linear")
     generation = "sm90" if capability == (9, 0) else "sm80"
     return ("semi24_pack", f"{generation}_bf16_semi24_gemm", f"{generation}_fp16_semi24_gemm")
 
 
 @functools.cache
-def usable(device: int) -> bool:
-    """Whether the kernels load on a device; if not, one warning says why, and the other backends serve."""
+def usable(device: int, kind: str) -> bool:
+    """Whether the kernels of a kind load on a device; if not, one warning says why, and the other backends serve."""
     try:
-        for source in sources_for(torch.cuda.get_device_capability(device)):
-            module(source, device)
+        for source in sources_for(torch.cuda.get_device_capability(device), kind):
+            _origins[device, kind] = module(source, device).origin
     except (RuntimeError, ImportError) as error:
-        _origins[device] = f"none: {error}"
-        _warn_once(f"The CUDA kernels for 2:4 weights cannot be used: {error}")
+        _origins[device, kind] = f"none: {error}"
+        _warn_once(f"The CUDA kernels for {kind} weights cannot be used: {error}")
         return False
     return True
 
 
 def origin(device: int) -> str:
-    """Which of cubin, NVRTC and none serves a device, in words."""
-    usable(device)
-    return _origins[device]
+    """Which of cubin, NVRTC and none serves a device, in words; kind by kind where they differ."""
+    for kind in KINDS:
+        usable(device, kind)
+    found = {kind: _origins[device, kind] for kind in KINDS}
+    if len(set(found.values())) == 1:
+        return found[BITMAP]
+    return ", ".join(f"{kind} weights {where}" for kind, where in found.items())

@@ -18,9 +18,9 @@ from perp_kernels.ops._tiled24 import TILE, padded_rows
 Argument = Tensor | None | np.number
 BIAS_NONE, BIAS_SAME, BIAS_FLOAT = 0, 1, 2
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Shared memory begins where a 1,024-byte swizzle pattern does; its start is aligned inside the kernel.
-_ALIGNMENT = 1024
+SHARED_ALIGNMENT = 1024
 _TILE_BYTES = TILE * TILE // 2 * 2
 _TILE_INDEX_BYTES = TILE * TILE // 8
 _TOKEN_BYTES = TILE * 2
@@ -61,7 +61,7 @@ class Shape80:
     @property
     def shared(self) -> int:
         stage = self.rows // TILE * (_TILE_BYTES + _TILE_INDEX_BYTES) + self.tokens * _TOKEN_BYTES
-        return self.stages * -(-stage // 1024) * 1024 + _ALIGNMENT
+        return self.stages * -(-stage // 1024) * 1024 + SHARED_ALIGNMENT
 
     def grid(self, N: int, tokens: int) -> int:
         """Blocks, over all outputs and tokens."""
@@ -98,7 +98,7 @@ class Shape90:
     @property
     def shared(self) -> int:
         stage = 2 * self.tiles * (_TILE_BYTES + _TILE_INDEX_BYTES) + self.tokens * _TOKEN_BYTES
-        return self.stages * (stage + 16) + _ALIGNMENT
+        return self.stages * (stage + 16) + SHARED_ALIGNMENT
 
 
 SHAPES_90 = {
@@ -145,7 +145,8 @@ def choose_80(N: int, K: int, tokens: int, gpu: Gpu) -> tuple[Shape80, int]:
     return shape, max(1, min(8, room, K // TILE // 2))
 
 
-def _bias(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, np.int32]:
+def bias_arguments(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, np.int32]:
+    """The bias of an output of `dtype` and its kind, as product.cuh takes them."""
     kind = BIAS_NONE if bias is None else BIAS_SAME if bias.dtype == dtype else BIAS_FLOAT
     return bias, np.int32(kind)
 
@@ -154,11 +155,11 @@ def linear(
     x: Tensor, values: Tensor, index: Tensor, shape: Sequence[int], bias: Tensor | None, y: Tensor, gpu: Gpu
 ) -> list[Launch]:
     """y [T, N] = x W^T + bias. x [T, K] has 16-byte aligned rows; a bias has the dtype of y or float32."""
-    (N, K), tokens, type_name = shape, len(x), _TYPES[x.dtype]
+    (N, K), tokens, type_name = shape, len(x), TYPES[x.dtype]
     if 0 in (N, tokens):
         return []
     numbers = (np.int32(tokens), np.int32(N), np.int32(K))
-    arguments = (values, index, x, np.int64(x.stride(0)), y, *_bias(bias, y.dtype), *numbers)
+    arguments = (values, index, x, np.int64(x.stride(0)), y, *bias_arguments(bias, y.dtype), *numbers)
     if gpu.arch == 90:
         on_90 = choose_90(N, tokens, gpu)
         source = f"sm90_{type_name}_semi24_gemm"
@@ -173,8 +174,15 @@ def linear(
     )
     if parts == 1:
         return [product]
-    adding = (y, *_bias(bias, y.dtype), np.int32(tokens), np.int32(N), sums, np.int32(parts))
-    return [product, Launch(source, f"{source}_sum", (-(-tokens * N // 256), 1), 256, adding)]
+    assert sums is not None
+    return [product, adding_parts(source, y, bias, sums)]
+
+
+def adding_parts(source: str, y: Tensor, bias: Tensor | None, sums: Tensor) -> Launch:
+    """y [T, N] = sums [parts, T, N] in their order, and the bias; a kernel of each source that sums in parts."""
+    parts, tokens, N = sums.shape
+    arguments = (y, *bias_arguments(bias, y.dtype), np.int32(tokens), np.int32(N), sums, np.int32(parts))
+    return Launch(source, f"{source}_sum", (-(-tokens * N // 256), 1), 256, arguments)
 
 
 def _per_tile(kernel: str, shape: Sequence[int], arguments: Sequence[Argument]) -> list[Launch]:
@@ -200,4 +208,4 @@ def add_lowrank(
 ) -> list[Launch]:
     """The values of W + scale M (B A) into `to`, which may be `values`; A [r, K], B [N, r] are float32, contiguous."""
     arguments = (values, index, A, B, np.int32(len(A)), np.float32(scale), to)
-    return _per_tile(f"semi24_add_lowrank_{_TYPES[values.dtype]}", shape, arguments)
+    return _per_tile(f"semi24_add_lowrank_{TYPES[values.dtype]}", shape, arguments)

@@ -11,32 +11,22 @@ from torch import Tensor
 
 from perp_kernels.cpu.native import written
 from perp_kernels.cuda import plans
-from perp_kernels.cuda.launch import gpu_of, run
+from perp_kernels.cuda.launch import ALIGNMENT, aligned_rows, gpu_of, run
 from perp_kernels.ops._tiled24 import padded_rows
-
-_ALIGNMENT = 16
-
-
-def _aligned_rows(matrix: Tensor) -> Tensor:
-    """A matrix of 16-bit elements whose rows begin at multiples of 16 bytes: itself or a copy."""
-    rows, columns = matrix.shape
-    apart = rows <= 1 or (matrix.stride(0) % 8 == 0 and matrix.stride(0) >= columns)
-    aligned = matrix.data_ptr() % _ALIGNMENT == 0 and matrix.stride(1) == 1 and apart
-    return matrix if aligned else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _weight(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     for name, component in (("values", values), ("index", index)):
-        if not component.is_contiguous() or component.data_ptr() % _ALIGNMENT:
+        if not component.is_contiguous() or component.data_ptr() % ALIGNMENT:
             raise ValueError(
-                f"The {name} of a prepared weight must be contiguous and begin at a multiple of {_ALIGNMENT} bytes: "
+                f"The {name} of a prepared weight must be contiguous and begin at a multiple of {ALIGNMENT} bytes: "
                 "clone the component."
             )
     return values.detach(), index
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return _aligned_rows(x.detach().reshape(-1, x.shape[-1]))
+    return aligned_rows(x.detach().reshape(-1, x.shape[-1]))
 
 
 def tiled24_linear(x: Tensor, values: Tensor, index: Tensor, shape: list[int], bias: Tensor | None) -> Tensor:
@@ -52,7 +42,7 @@ def tiled24_linear(x: Tensor, values: Tensor, index: Tensor, shape: list[int], b
 def _factor(factor: Tensor) -> Tensor:
     """Contiguous, aligned and in float32, which holds 16-bit factors exactly."""
     wide = factor.detach().float().contiguous()
-    return wide if wide.data_ptr() % _ALIGNMENT == 0 else wide.clone()
+    return wide if wide.data_ptr() % ALIGNMENT == 0 else wide.clone()
 
 
 def tiled24_lora_linear(
@@ -82,7 +72,7 @@ def tiled24_add_lowrank_(values: Tensor, index: Tensor, shape: list[int], A: Ten
 def tiled24_assign_(values: Tensor, index: Tensor, shape: list[int], weight: Tensor) -> None:
     """The kept values become those of the dense `weight`."""
     values, index = _weight(values, index)
-    run(plans.repack(values, index, _aligned_rows(weight)), values.device)
+    run(plans.repack(values, index, aligned_rows(weight)), values.device)
     written(values)
 
 
@@ -91,5 +81,5 @@ def tiled24_pack(weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
     values = torch.empty((padded_rows(N), K // 2), dtype=weight.dtype, device=weight.device)
     index = torch.empty((padded_rows(N), K // 8), dtype=torch.uint8, device=weight.device)
-    run(plans.compress(values, index, _aligned_rows(weight), bits.contiguous()), weight.device)
+    run(plans.compress(values, index, aligned_rows(weight), bits.contiguous()), weight.device)
     return values, index

@@ -12,15 +12,16 @@ from perp_kernels import TILED24
 SIZE = decode.Size(width=128, inner=192, layers=2, heads=4, groups=2, vocabulary=50, context=8)
 
 
-def test_both_models_compute_the_same() -> None:
-    dense, sparse = decode.models(SIZE, "cpu")
+@pytest.mark.parametrize("pattern,layout", list(zip(decode.PATTERNS, [TILED24, "bitmap"], strict=True)))
+def test_both_models_compute_the_same(pattern: decode.Pattern, layout: str) -> None:
+    dense, sparse = decode.models(SIZE, pattern, "cpu")
     layouts = [layer.layout for layer in sparse.modules() if isinstance(layer, SparseLinear)]
-    assert layouts == [TILED24] * 14
+    assert layouts == [layout] * 14
     token = torch.ones(1, dtype=torch.int64)
     ours, theirs = sparse(token).double(), dense(token).double()
     assert ours.shape == (1, 50)
     assert (ours - theirs).norm() < 0.05 * theirs.norm()
-    other = decode.models(SIZE, "cpu", seed=1)[0]
+    other = decode.models(SIZE, pattern, "cpu", seed=1)[0]
     assert (other(token).double() - theirs).norm() > 0.5 * theirs.norm()
 
 

@@ -93,11 +93,24 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, refused: set[bytes]) -> list[bytes
 
 def test_the_shipped_cubin_comes_before_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     given = on_a_gpu(monkeypatch, set())
-    cubins = [ship(load.CUBINS, source, "sm_80", load.fingerprint()) for source in load.sources_for((8, 6))]
+    cubins = {
+        kind: [ship(load.CUBINS, source, "sm_80", load.fingerprint()) for source in load.sources_for((8, 6), kind)]
+        for kind in load.KINDS
+    }
     monkeypatch.setattr(load, "compiled", lambda *_: pytest.fail("nothing has to be compiled"))
-    assert load.usable(0)
-    assert given == cubins
+    assert load.usable(0, load.BITMAP)
+    assert given == cubins[load.BITMAP], "a kind's kernels are loaded when they are needed"
+    assert load.usable(0, load.SEMI24)
+    assert given == [*cubins[load.BITMAP], *cubins[load.SEMI24]]
     assert load.origin(0) == "cubin for sm_80"
+
+
+def test_kinds_from_different_places_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, set())
+    for source in load.sources_for((8, 6), load.BITMAP):
+        ship(load.CUBINS, source, "sm_80", load.fingerprint())
+    monkeypatch.setattr(load, "compiled", lambda source, arch: b"fresh")
+    assert load.origin(0).startswith("bitmap weights cubin for sm_80, 2:4 weights NVRTC for sm_86")
 
 
 def test_code_that_the_driver_refuses_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +118,7 @@ def test_code_that_the_driver_refuses_is_compiled_anew(monkeypatch: pytest.Monke
     on_a_gpu(monkeypatch, {cubin})
     monkeypatch.setattr(load, "compiled", lambda source, arch: b"fresh")
     with pytest.warns(RuntimeWarning, match="The driver refuses") as told:
-        assert load.usable(0)
+        assert load.usable(0, load.SEMI24)
     assert len(told) == 1
     assert load.origin(0).startswith("NVRTC for sm_86")
 
@@ -117,9 +130,10 @@ def test_a_gpu_without_kernels_leaves_the_op_to_others(monkeypatch: pytest.Monke
     on_a_gpu(monkeypatch, set())
     monkeypatch.setattr(load, "compiled", compiled)
     with pytest.warns(RuntimeWarning, match="cannot be used: no CUDA kernels for sm_86: no compiler") as told:
-        assert [load.usable(0) for _ in range(2)] == [False, False]
+        assert [load.usable(0, load.SEMI24) for _ in range(2)] == [False, False]
     assert len(told) == 1
-    assert load.origin(0).startswith("none: no CUDA kernels for sm_86")
+    with pytest.warns(RuntimeWarning, match="for bitmap weights cannot be used"):
+        assert load.origin(0).startswith("none: no CUDA kernels for sm_86")
 
 
 def test_calls_that_the_kernels_do_not_take() -> None:
@@ -146,7 +160,7 @@ def test_nvrtc_compiles_every_source() -> None:
     except Exception as error:
         pytest.skip(f"NVRTC does not load: {error}")
     for arch, capability in (("sm_80", (8, 0)), ("sm_90a", (9, 0))):
-        for source in load.sources_for(capability):
+        for source in (source for kind in load.KINDS for source in load.sources_for(capability, kind)):
             assert load.compile_source(source, arch)[:4] == b"\x7fELF"
     with pytest.raises(RuntimeError, match="NVRTC cannot compile sm90_bf16_semi24_gemm for sm_80"):
         load.compile_source("sm90_bf16_semi24_gemm", "sm_80")

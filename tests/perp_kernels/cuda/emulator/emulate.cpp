@@ -5,7 +5,9 @@
 #include "mistakes.h"
 
 #include "semi24_pack.cu"
+#include "sm80_bf16_bitmap_linear.cu"
 #include "sm80_bf16_semi24_gemm.cu"
+#include "sm80_fp16_bitmap_linear.cu"
 #include "sm80_fp16_semi24_gemm.cu"
 #include "sm90_bf16_semi24_gemm.cu"
 #include "sm90_fp16_semi24_gemm.cu"
@@ -45,9 +47,14 @@ std::function<void(Words)> entry(void (*kernel)(T...)) {
       ENTRY(sm90_##type##_semi24_gemm_t64_p2), ENTRY(sm90_##type##_semi24_gemm_t64_p4),                    \
       ENTRY(sm90_##type##_semi24_gemm_t128_p4), ENTRY(sm90_##type##_semi24_gemm_t128_p1), ENTRY(sm90_##type##_semi24_gemm_t128_wide), \
       ENTRY(sm90_##type##_semi24_gemm_t128_pair)
+#define BITMAP(type)                                                                                 \
+  ENTRY(sm80_##type##_bitmap_linear_t8_r16_s3), ENTRY(sm80_##type##_bitmap_linear_t8_r16_s4),        \
+      ENTRY(sm80_##type##_bitmap_linear_t8_r32_s3), ENTRY(sm80_##type##_bitmap_linear_t8_r32_s4),    \
+      ENTRY(sm80_##type##_bitmap_linear_t16_r32_s3), ENTRY(sm80_##type##_bitmap_linear_t16_r32_s4),  \
+      ENTRY(sm80_##type##_bitmap_linear_sum)
 
 const std::map<std::string, std::function<void(Words)>> kernels = {
-    GEMM_80(bf16), GEMM_80(fp16), GEMM_90(bf16), GEMM_90(fp16), ENTRY(semi24_compress), ENTRY(semi24_repack),
+    BITMAP(bf16), BITMAP(fp16), GEMM_80(bf16), GEMM_80(fp16), GEMM_90(bf16), GEMM_90(fp16), ENTRY(semi24_compress), ENTRY(semi24_repack),
     ENTRY(semi24_add_lowrank_bf16), ENTRY(semi24_add_lowrank_fp16)};
 
 std::string message;

@@ -42,7 +42,10 @@ inline int part_index() { return machine().grid_y; }
 inline int block_threads() { return machine().threads; }
 
 constexpr int kAlignment = 1024;
-inline u32 shared_memory() { return (Machine::kBase + kAlignment - 1) / kAlignment * kAlignment; }
+template <int ALIGNMENT = kAlignment>
+u32 shared_memory() {
+  return (Machine::kBase + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
 
 // --- 16-bit floats
 
@@ -78,6 +81,19 @@ float widen(u16 bits) {
   }
 }
 
+inline void hold(u32&) {}
+template <class T>
+void hold(T*&) {}
+
+// --- device memory
+
+template <class T>
+T load_constant(const T* from) {
+  machine().global(from, sizeof(T));
+  if (reinterpret_cast<std::uintptr_t>(from) % sizeof(T)) fail("a misaligned read of device memory");
+  return *from;
+}
+
 // --- shared memory
 
 inline u32 load_shared(u32 address) {
@@ -85,12 +101,24 @@ inline u32 load_shared(u32 address) {
   machine().read(machine().block(), address, 4, &word, false);
   return word;
 }
+inline uint2 load_shared2(u32 address) {
+  uint2 two;
+  machine().read(machine().block(), address, 8, &two, false);
+  return two;
+}
+inline u32 load_shared16(u32 address, u32 wanted) {
+  u16 half = 0;
+  if (wanted != 0) machine().read(machine().block(), address, 2, &half, false);
+  return half;
+}
 inline float4 load_shared4(u32 address) {
   float4 four;
   machine().read(machine().block(), address, 16, &four, false);
   return four;
 }
 inline void store_shared(u32 address, float value) { machine().write(machine().block(), address, &value, 4); }
+inline void store_shared2(u32 address, uint2 value) { machine().write(machine().block(), address, &value, 8); }
+inline void store_shared16(u32 address, u16 value) { machine().write(machine().block(), address, &value, 2); }
 
 inline void ldmatrix4(u32 (&r)[4], u32 row_address) {
   emulator::Block& block = machine().block();
@@ -143,7 +171,76 @@ inline void named_sync(int id, int threads) {
   machine().meet(machine().block().named[id], threads, "a named barrier");
 }
 
-// --- sparse products
+// --- within a warp
+
+inline int count_bits(u32 word) { return __builtin_popcount(word); }
+inline u32 join_halves(u32 low, u32 high) {
+  if (low >> 16 || high >> 16) fail("a half that is not alone in its word");
+  return low | high << 16;
+}
+
+// Each lane gets what the one that it names within its WIDTH lanes brought, or its own where `from` is outside.
+template <int WIDTH>
+int shuffled(int value, int from, bool& inside) {
+  const int warp = me().thread / 32, lane = me().thread % 32, first = lane / WIDTH * WIDTH;
+  inside = from >= first && from < first + WIDTH;
+  int found = value;
+  me().slot[0] = static_cast<u32>(value);
+  me().slot[1] = static_cast<u64>(inside ? from : lane);
+  me().slot[2] = reinterpret_cast<std::uintptr_t>(&found);
+  machine().meet(machine().block().warps[warp], 32, "shfl", [own = me().block, warp] {
+    for (int l = 0; l < 32; ++l) {
+      emulator::Fiber& fiber = machine().fiber(own, warp * 32 + l);
+      *reinterpret_cast<int*>(fiber.slot[2]) = static_cast<int>(machine().fiber(own, warp * 32 + static_cast<int>(fiber.slot[1])).slot[0]);
+    }
+  });
+  return found;
+}
+template <int WIDTH>
+int add_from_below(int value, int by) {
+  bool there;
+  const int below = shuffled<WIDTH>(value, me().thread % 32 - by, there);
+  return there ? value + below : value;
+}
+template <int WIDTH>
+int shuffle(int value, int from) {
+  bool there;
+  return shuffled<WIDTH>(value, me().thread % 32 / WIDTH * WIDTH + from % WIDTH, there);
+}
+
+// --- products
+
+// mma.m16n8k16, 16-bit floats. Thread 4 g + t:
+//   A, a0..a7: row g for a0 a1 a4 a5, else g + 8; columns 2 t, 2 t + 1 for a0..a3, 8 further on for a4..a7.
+//   B, b0..b3: column g; rows 2 t, 2 t + 1, then 8 further on.   C: rows g (c0 c1), g + 8; columns 2 t, 2 t + 1.
+template <class Type>
+void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  const u32 b[2] = {b0, b1};
+  const int own = me().block, warp = me().thread / 32;
+  me().slot[0] = reinterpret_cast<std::uintptr_t>(&d[0]);
+  me().slot[1] = reinterpret_cast<std::uintptr_t>(&a[0]);
+  me().slot[2] = reinterpret_cast<std::uintptr_t>(&b[0]);
+  machine().meet(machine().block().warps[warp], 32, "mma", [own, warp] {
+    float left[16][16], right[16][8];
+    for (int l = 0; l < 32; ++l) {
+      const int g = l / 4, t = l % 4;
+      const emulator::Fiber& lane = machine().fiber(own, warp * 32 + l);
+      for (int i = 0; i < 8; ++i) {
+        left[i / 2 % 2 == 0 ? g : g + 8][2 * t + i % 2 + (i < 4 ? 0 : 8)] = widen<Type>(reinterpret_cast<const u16*>(lane.slot[1])[i]);
+      }
+      for (int i = 0; i < 4; ++i) right[2 * t + i % 2 + (i < 2 ? 0 : 8)][g] = widen<Type>(reinterpret_cast<const u16*>(lane.slot[2])[i]);
+    }
+    for (int l = 0; l < 32; ++l) {
+      auto* sums = reinterpret_cast<float*>(machine().fiber(own, warp * 32 + l).slot[0]);
+      for (int c = 0; c < 4; ++c) {
+        const int row = l / 4 + (c < 2 ? 0 : 8), column = 2 * (l % 4) + c % 2;
+        double sum = sums[c];
+        for (int k = 0; k < 16; ++k) sum += static_cast<double>(left[row][k]) * right[k][column];
+        sums[c] = static_cast<float>(sum);
+      }
+    }
+  });
+}
 
 // Positions of the two kept elements of each four, from one nibble of metadata.
 inline void kept_pair(u32 nibble, int& first, int& second) {
