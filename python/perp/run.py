@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import logging
 import time
@@ -29,7 +28,7 @@ from perp.lock import locked
 from perp.modes import MODES
 from perp.parts import adapter_mode, count_trainable, select_trainable
 from perp.plan import Plan
-from perp.planning import plan_job, told
+from perp.planning import Taken, plan_job, told
 from perp.progress import Progress, Silent
 from perp.prune import Pruned, prune_model
 from perp.reconstruct import ReconstructSettings
@@ -62,15 +61,25 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
         planned = plan_job(job)
         if job.stream is not False and not planned.fits:
             raise UserError(f"{job.model} does not fit on this machine so; {planned.advice}, or see perp plan.")
-        texts, plan = _read(job), planned.plan
-        if plan.gives_back:
-            machine.give_back_memory()
-        before, started = machine.resident_parts()[0], time.monotonic()
-        with machine.AnonymousPeak() as taken:
-            found = _kind(job, plan)(job, pattern, texts, progress or Silent(), plan).run(dense)
-        used = round(machine.peak(job.device or "cpu") * 1e9) if plan.device else 0
-        logger.info(told(plan, taken.most - before, used, time.monotonic() - started))
+        found, taken = carry_out(job, pattern, planned.plan, progress or Silent(), dense)
+        logger.info(told(planned.plan, taken))
         return found
+
+
+def carry_out(
+    job: RunSettings, pattern: Pattern, plan: Plan, progress: Progress, dense: Sequence[Row] = ()
+) -> tuple[Report, Taken]:
+    """Do a job that has been checked as it was planned; its report, and what it took."""
+    texts = _read(job)
+    if plan.gives_back:
+        machine.give_back_memory()
+    # What the plan's probe or an earlier job has freed is not to serve this one uncounted.
+    machine.trim()
+    before, started, own = machine.resident_parts()[0], time.monotonic(), time.thread_time()
+    with machine.AnonymousPeak() as peak:
+        found = _kind(job, plan)(job, pattern, texts, progress, plan).run(dense)
+    used = round(machine.peak(job.device or "cpu") * 1e9) if plan.device else 0
+    return found, Taken(peak.most - before, used, time.monotonic() - started, time.thread_time() - own)
 
 
 def _kind(job: RunSettings, plan: Plan) -> type[Job]:
@@ -167,6 +176,7 @@ class Job:
     def finish(self, rows: list[Row], masks: Mapping[str, Tensor]) -> Report:
         """Save the model and the report of these rows."""
         found = Report(self.job.title, rows)
+        machine.trim()
         self.save(self.manifest(rows, masks), masks)
         report.write([found], self.job.out / "perp")
         return found
@@ -203,7 +213,7 @@ class Job:
         """The dense model, from its files again; the one before is released first."""
         job = self.job
         self.model = None
-        gc.collect()
+        machine.trim()
         self.model, self.tokenizer = models.load(job.model, job.dtype, self.device, job.trust_remote_code)
 
     def check_output(self) -> None:
@@ -338,6 +348,7 @@ class Job:
     @contextmanager
     def cost(self) -> Iterator[Cost]:
         """Measures seconds and peak memory of its block."""
+        machine.trim()
         cost, started = Cost(), time.monotonic()
         machine.reset_peak(self.device)
         yield cost
