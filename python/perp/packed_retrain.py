@@ -1,7 +1,7 @@
 """Retraining a pruned model over its packed weights, from the finished blocks of one stage into those of another.
 
 In memory are the packed weights (mapped from their file), the adapters with their moments, and the activations of one
-block; a block's dense weights are made only to write it.
+block; a block's dense weights are made only to write it. On a GPU too small for the packed weights they wait in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perp import manifest, packed_model, parts, streamed_save
+from perp import machine, manifest, packed_model, parts, streamed_save
 from perp.adapters import attach, merge
 from perp.files import commit
 from perp.finished import Finished, Masks
 from perp.linear import SparseLinear
+from perp.offload import Offload
 from perp.parts import count_trainable
 from perp.progress import Progress
 from perp.residence import put
@@ -40,20 +42,30 @@ def retrain(
     windows: Tensor,
     settings: RetrainSettings,
     progress: Progress,
+    offload: bool = False,
 ) -> tuple[int, int]:
     """Train the model whose blocks are finished in `before`, and finish them in `stage`.
 
     `windows`: token ids, int64 [n, T]. What trained outside the blocks is kept in the stage, and put in place: see
-    `adopt_outside`. An earlier process's steps and blocks are gone on from. Returns how many parameters were trained,
-    and how many there are.
+    `adopt_outside`. An earlier process's steps and blocks are gone on from. `offload`: packed weights wait in memory
+    and are on the device two blocks at a time (`perp.offload`). Returns how many parameters were trained, and how many
+    there are.
     """
     base, count = stage.directory / "base", len(stream.blocks)
     outside = stage.directory / _OUTSIDE
     if not (outside.exists() and all(map(stage.has_block, range(count)))):
-        model = _packed(stream, before, tokenizer, base, settings)
-        _train(model, windows, settings, progress, stage.directory)
+        # Without checkpoints the graph would hold on to every block that was brought.
+        offload = offload and settings.checkpointing and stream.model.supports_gradient_checkpointing
+        model = _packed(stream, before, tokenizer, base, settings, "cpu" if offload else str(stream.device))
+        machine.trim()
+        waiting = Offload(model, model.get_submodule(stream.prefix), stream.device) if offload else None
+        with waiting.running() if waiting else nullcontext():
+            _train(model, windows, settings, progress, stage.directory)
+        machine.trim()
         trained = count_trainable(model)
         names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        if waiting:
+            waiting.merge()
         merge(model)
         _write({name: model.get_parameter(name) for name in names if not _inside(stream, name)}, outside, trained)
         with stream.reading(before.tensors):
@@ -81,7 +93,8 @@ def _train(model: Any, windows: Tensor, settings: RetrainSettings, progress: Pro
     parts.select_trainable(model, settings.parts)
     with safe_open(done, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
-            model.get_parameter(name).data = file.get_tensor(name).clone()
+            parameter = model.get_parameter(name)
+            parameter.data = file.get_tensor(name).to(parameter.device, copy=True)
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path, trained: tuple[int, int]) -> None:
@@ -98,13 +111,15 @@ def adopt_outside(stream: Stream, stage: Finished) -> None:
             stream.model.get_parameter(name).data = file.get_tensor(name).clone()
 
 
-def _packed(stream: Stream, before: Finished, tokenizer: Any, base: Path, settings: RetrainSettings) -> Any:
+def _packed(
+    stream: Stream, before: Finished, tokenizer: Any, base: Path, settings: RetrainSettings, device: str
+) -> Any:
     """The model on its packed weights, by way of a directory whose shards are links to those of the stage."""
     masks = before.all_masks(len(stream.blocks))
     about = manifest.build(method="", pattern="", parts=settings.parts, masks=masks, data={}, seeds={})
     streamed_save.save(stream, before, tokenizer, base, about, packed=True)
     dtype = str(stream.model.dtype).removeprefix("torch.")
-    return packed_model.load_weights(base, dtype, str(stream.device))
+    return packed_model.load_weights(base, dtype, device)
 
 
 def _inside(stream: Stream, name: str) -> bool:

@@ -41,7 +41,7 @@ class StreamedJob(Job):
     def load(self) -> None:
         job = self.job
         self.tokenizer = models.load_tokenizer(job.model, job.trust_remote_code)
-        self.stream = Stream(job.model, job.dtype, self.device, job.trust_remote_code)
+        self.stream = Stream(job.model, job.dtype, self.device, job.trust_remote_code, self.plan.ahead)
         self.model = self.stream.model
 
     def check_output(self) -> None:
@@ -108,7 +108,14 @@ class StreamedJob(Job):
         assert job.for_retrain is not None
         with self.cost() as cost:
             share = packed_retrain.retrain(
-                self.stream, before, stage, self.tokenizer, self.training, job.for_retrain, self.progress
+                self.stream,
+                before,
+                stage,
+                self.tokenizer,
+                self.training,
+                job.for_retrain,
+                self.progress,
+                self.plan.offload,
             )
         with self.stream.reading(stage.tensors):
             return self.row(report.RETRAINED, cost, share)
