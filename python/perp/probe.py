@@ -35,7 +35,7 @@ from perp.units import split, whole
 from perp.workload import Shape
 
 # Wider blocks run at nearly the rate of this width on a CPU; a GPU needs larger products to be busy.
-WIDTH = {"cpu": 512, "cuda": 4096}
+WIDTH = {"cpu": 512, "cuda": 2048}
 TOKENS = {"cpu": 256, "cuda": 2048}
 # Of a head of other work, as many outputs as show its rate.
 VOCABULARY = 8192
@@ -58,7 +58,7 @@ def measure(job: RunSettings, shape: Shape, device: str) -> Rates:
     """
     kind = torch.device(device).type
     dtype = {2: torch.bfloat16, 8: torch.float64}.get(shape.itemsize, torch.float32)
-    with torch.random.fork_rng([]), torch.device(device):
+    with torch.random.fork_rng([device] if kind == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         subject = _Subject(job, _stand_in(shape, WIDTH[kind], dtype), TOKENS[kind], min(shape.vocabulary, VOCABULARY))
     work: dict[str, Callable[[], object]] = {
@@ -120,7 +120,7 @@ class _Subject:
         collect(self.block, prunable(self.block, "block"), [self.hidden], _plain, "norms")
 
     def gram(self) -> None:
-        pk.gram_(torch.zeros(self.width, self.width), self.hidden[0])
+        pk.gram_(torch.zeros(self.width, self.width, device=self.hidden.device), self.hidden[0])
 
     @torch.no_grad()
     def choose(self) -> None:
