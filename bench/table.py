@@ -15,6 +15,8 @@ _WHAT = {
     ("", "s"): "seconds",
     ("", "tokens/s"): "tokens per second",
     ("", "bytes"): "extra memory over eight chained layers",
+    ("plan", "s"): "seconds planned (ours) and taken",
+    ("plan", "bytes"): "memory planned (ours) and taken",
     ("generate", "bytes"): "resident memory above the imports and the tokenizer",
 }
 """What a table shows by op and unit; the op "" is any other."""

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,26 @@ from rich.console import Console
 
 from bench import machine, results, table
 from bench.results import Row
+from bench.streaming import group
 from bench.streaming.subjects import SUBJECTS, Subject, demo_directory
 from bench.streaming.worker import Job
 from perp import demo
 
 OP = "stream"
+# Tells what the worker takes before its job.
+_IMPORTS = "from bench.streaming import worker; from perp import machine; print(machine.resident_parts()[0])"
 WIDTH = 180
 # At most so many times as long as the same work with the model in memory.
 OVERHEAD = 1.15
 
 
-def in_a_process_of_its_own(job: Job) -> dict[str, Any]:
-    """What `bench.streaming.worker` measures; CalledProcessError where it fails."""
+def in_a_process_of_its_own(job: Job, before: Sequence[str] = ()) -> dict[str, Any]:
+    """What `bench.streaming.worker` measures; CalledProcessError where it fails. `before`: the command that runs it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(asdict(job)))
-        subprocess.run([sys.executable, "-m", "bench.streaming.worker", str(path)], cwd=machine.ROOT, check=True)
+        command = [*before, sys.executable, "-m", "bench.streaming.worker", str(path)]
+        subprocess.run(command, cwd=machine.ROOT, check=True)
         found: dict[str, Any] = json.loads(path.with_name("result.json").read_text())
     planned = found["planned"]
     print(
@@ -61,6 +65,17 @@ def memory_rows(subject: Subject, found: dict[str, Any], job: Job) -> list[Row]:
         seconds = found["seconds"] / found["blocks"] * subject.blocks
         rows.append(_row("all blocks, predicted", shape, found["device"], seconds, {}, "s", subject.seconds, peak))
     return rows
+
+
+def within(limit: int, job: Job) -> dict[str, Any] | None:
+    """As `in_a_process_of_its_own`, in a control group of `limit` bytes beyond the imports, or why there is none."""
+    imports = subprocess.run([sys.executable, "-c", _IMPORTS], cwd=machine.ROOT, check=True, capture_output=True)
+    try:
+        with group.limited(int(imports.stdout) + limit) as before:
+            return in_a_process_of_its_own(job, before)
+    except group.Unavailable as error:
+        print(f"not within a limit: {error}.", file=sys.stderr)
+        return None
 
 
 def overhead_row(directory: Path, windows: int, epochs: int, rounds: int, threads: int, scratch: str) -> Row:
@@ -149,6 +164,11 @@ def _measure(subject: Subject, options: argparse.Namespace, cache: Path) -> list
         options.threads,
         str(cache),
     )
+    if options.limit and not subject.gpu and subject.memory:
+        found = within(round(subject.memory), job)
+        return (
+            [replace(row, kernel=f"{row.kernel}, limited") for row in memory_rows(subject, found, job)] if found else []
+        )
     return memory_rows(subject, in_a_process_of_its_own(job), job)
 
 
@@ -157,6 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     known = [*SUBJECTS, "overhead"]
     parser.add_argument("--rows", default=",".join(known), help=f"of {', '.join(known)} (default: all)")
     parser.add_argument("--blocks", type=int, help="blocks of the model (default: all on a CPU, 1 on a GPU)")
+    parser.add_argument(
+        "--limit", action="store_true", help="run the 1.1b row in a control group of its imports and its target"
+    )
     parser.add_argument("--windows", type=int, help="calibration windows (default: those of the row)")
     parser.add_argument("--epochs", type=int, default=3, help="passes of the reconstruction (default: 3)")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each contestant (default: 3)")

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from perp import checkpoints, machine, manifest, models, streamed_save
 from perp.activations import Place
 from perp.blocks import find_blocks
 from perp.finished import Finished
-from perp.plan import Work, predict
-from perp.planning import measure, model_shape
+from perp.plan import predict
+from perp.planning import measure, model_shape, work_of
 from perp.prune import prune_model
 from perp.reconstruct import ReconstructSettings
 from perp.residence import Streamed
+from perp.settings import RunSettings
 from perp.stream import Stream
 
 PATTERN = "2:4"
@@ -53,11 +54,12 @@ def execute(job: Job) -> dict[str, Any]:
     """Seconds and peak memory of pruning, fitting and saving, beyond the imports, and what the plan had said."""
     torch.set_num_threads(job.threads)
     models.check_model(job.directory)  # imports the model's code
-    shape = model_shape(job.directory, None)
-    rates = measure(job.device, shape)
-    plan = predict(shape, _work(job), rates, job.stream, "memory")
+    shape, settings = model_shape(job.directory, None), _settings(job)
+    rates = measure(settings, shape, job.device)
+    plan = predict(shape, replace(work_of(settings, job.device), judged=0), rates, job.stream, "memory")
     if plan.gives_back:
         machine.give_back_memory()
+    machine.trim()
     before = machine.resident_parts()[0]
     machine.reset_peak(job.device)
     scratch = Path(tempfile.mkdtemp(dir=job.scratch))
@@ -75,15 +77,23 @@ def execute(job: Job) -> dict[str, Any]:
         "device_bytes": used,
         "blocks": blocks,
         "planned": {"seconds": plan.seconds, "host_bytes": plan.host, "device_bytes": plan.device},
-        "rates": {"flops": rates.flops, "memory": rates.memory},
+        "rates": asdict(rates),
         "device": torch.cuda.get_device_name() if job.device != "cpu" else bench_machine.device(),
     }
 
 
-def _work(job: Job) -> Work:
-    gpu = job.device != "cpu"
-    statistics = "gram" if job.method == "sparsegpt" else "norms"
-    return Work(job.windows, job.seqlen, statistics=statistics, epochs=job.epochs, gpu=gpu)
+def _settings(job: Job) -> RunSettings:
+    return RunSettings(
+        model=job.directory,
+        out=Path(job.scratch),
+        pattern=PATTERN,
+        method=job.method,
+        epochs=job.epochs,
+        windows=job.windows,
+        seqlen=job.seqlen,
+        retrain=(),
+        compare=(),
+    )
 
 
 def _streamed(job: Job, scratch: Path) -> int:

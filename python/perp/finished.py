@@ -84,7 +84,7 @@ class Finished:
         self._verified.add(index)
         self.made += 1
 
-    def tensors(self, index: int) -> dict[str, Any]:
+    def tensors(self, index: int) -> shards.Slices:
         """The tensors of a finished block, as slices by their names in the model's files."""
         self._verify(index)
         path = self._block(index)

@@ -147,6 +147,7 @@ class Job:
         if job.retrain:
             rows += self.retrain(stage, masks, teacher)
         found = Report(job.title, rows)
+        machine.trim()
         if distributed.leads():
             self.save(self.manifest(rows, masks), masks)
             report.write([found], job.out / "perp")
@@ -227,6 +228,7 @@ class Job:
     @contextmanager
     def cost(self) -> Iterator[Cost]:
         """Measures seconds and peak memory of its block."""
+        machine.trim()
         cost, started = Cost(), time.monotonic()
         machine.reset_peak(self.device)
         yield cost

@@ -1,7 +1,7 @@
 """Retraining a pruned model over its packed weights, from the finished blocks of one stage into those of another.
 
 In memory are the packed weights (mapped from their file), the adapters with their moments, and the activations of one
-block; a block's dense weights are made only to write it.
+block; a block's dense weights are made only to write it. On a GPU too small for the packed weights they wait in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perp import head, manifest, packed_model, streamed_save
+from perp import head, machine, manifest, packed_model, streamed_save
 from perp.adapters import merge
 from perp.errors import UserError
 from perp.experts import opened
 from perp.files import commit
 from perp.finished import Finished, Masks
 from perp.linear import SparseLinear, swap_linears
+from perp.offload import Offload
 from perp.parts import count_trainable
 from perp.progress import Progress
 from perp.residence import put
@@ -42,21 +44,31 @@ def retrain(
     windows: Tensor,
     settings: RetrainSettings,
     progress: Progress,
+    offload: bool = False,
 ) -> tuple[int, int]:
     """Train the model whose blocks are finished in `before`, and finish them in `stage`.
 
     `windows`: token ids, int64 [n, T]. What trained outside the blocks is kept in the stage, and put in place: see
-    `adopt_outside`. An earlier process's steps and blocks are gone on from. Returns how many parameters were trained,
-    and how many there are.
+    `adopt_outside`. An earlier process's steps and blocks are gone on from. `offload`: packed weights wait in memory
+    and are on the device two blocks at a time (`perp.offload`). Returns how many parameters were trained, and how many
+    there are.
     """
     base, count = stage.directory / "base", len(stream.blocks)
     outside = stage.directory / _OUTSIDE
     if not (outside.exists() and all(map(stage.has_block, range(count)))):
-        model = _packed(stream, before, tokenizer, base, settings)
-        train(model, windows, settings, progress, checkpoint=stage.training)
+        # Without checkpoints the graph would hold on to every block that was brought.
+        offload = offload and settings.checkpointing and stream.model.supports_gradient_checkpointing
+        model = _packed(stream, before, tokenizer, base, settings, "cpu" if offload else str(stream.device))
+        machine.trim()
+        waiting = Offload(model, model.get_submodule(stream.prefix), stream.device) if offload else None
+        with waiting.running() if waiting else nullcontext():
+            train(model, windows, settings, progress, checkpoint=stage.training)
+        machine.trim()
         trained = count_trainable(model)
         names = [name for name, weight in model.named_parameters() if weight.requires_grad]
         own = [name for name in names if not _inside(stream, name) and "lora_" not in name]
+        if waiting:
+            waiting.merge()
         own += [f"{name}.weight" for name in merge(model) if not _inside(stream, name)]
         _write({name: model.get_parameter(name) for name in own}, outside, trained)
         with opened(stream.model), stream.reading(before.tensors):
@@ -93,13 +105,15 @@ def _write(tensors: Mapping[str, Tensor], path: Path, trained: tuple[int, int]) 
     commit(written, path)
 
 
-def _packed(stream: Stream, before: Finished, tokenizer: Any, base: Path, settings: RetrainSettings) -> Any:
+def _packed(
+    stream: Stream, before: Finished, tokenizer: Any, base: Path, settings: RetrainSettings, device: str
+) -> Any:
     """The model on its packed weights, by way of a directory whose shards are links to those of the stage."""
     masks = before.all_masks(len(stream.blocks))
     about = manifest.build(method="", pattern="", parts=settings.parts, masks=masks, data={}, seeds={})
     streamed_save.save(stream, before, tokenizer, base, about, packed=True)
     dtype = str(stream.model.dtype).removeprefix("torch.")
-    model = packed_model.load_weights(base, dtype, str(stream.device))
+    model = packed_model.load_weights(base, dtype, device)
     # The packed file has no experts: theirs are packed here, one projection at a time.
     swap_linears(model, {name: mask for name, mask in masks.items() if mask.ndim == 3}, "bitmap")
     return model

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perp import distributed, machine, models, pruners
-from perp.plan import Budget, Plan, Rates, Shape, Work, advice, choose, shape_of
+from perp.pace import Rates
+from perp.plan import Budget, Plan, advice, choose
+from perp.probe import measure
 from perp.progress import duration
 from perp.settings import RunSettings
+from perp.workload import Shape, Work, shape_of
 from perp_kernels import Pattern
 
 # The share of what is free that a job may plan with; the rest is for what the plan does not know of.
 USABLE = 0.9
-# Seconds for each of the probe's measurements.
-PROBE = 0.1
-# Of a disk that nothing has been read from yet: that of a plain NVMe drive.
-DISK = 1.5e9
+# From so many times as long as alone, work on a machine with other work is worth a word.
+SHARED = 1.25
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,15 @@ class Planned:
 
 
 def plan_job(job: RunSettings, rates: Rates | None = None) -> Planned:
-    """The plan of a job that `perp.settings.check` has passed. `rates` None: measured now, in half a second."""
+    """The plan of a job that `perp.settings.check` has passed. `rates` None: measured now, in a second or two."""
     device = machine.find_device(job.device)
     shape = model_shape(job.model, job.dtype, job.trust_remote_code, job.reconstruct)
     work = work_of(job, device)
-    rates = rates or measure(device, shape)
+    if rates is None:
+        begun = time.thread_time()
+        model_shape(job.model, job.dtype, job.trust_remote_code, job.reconstruct)
+        build = time.thread_time() - begun
+        rates = replace(measure(job, shape, device), build=build)
     budget = budget_of(job, device)
     plan, fits = choose(shape, work, rates, budget, job.stream)
     return Planned(plan, fits, shape, work, rates, budget)
@@ -69,22 +72,26 @@ def work_of(job: RunSettings, device: str) -> Work:
     trained = "kept" if "kept" in job.reconstruct_parts else "mask_lora"
     texts = 1 + len(job.eval_data or (("demo:sotu",) if job.data == "demo" else ()))
     again = fitted and "pruned" in job.compare
+    dense = bool(job.retrain) and "dense-retrained" in job.compare
     return Work(
         windows=distributed.most(job.windows or windows),
         seqlen=job.seqlen or seqlen,
         kept=float(1 - pattern.sparsity),
-        statistics=pruners.get(job.method).NEEDS,
+        statistics="gram" if job.refit or job.for_refine else pruners.get(job.method).NEEDS,
         trained=trained if fitted else None,
         epochs=job.epochs,
         batch=job.reconstruct_batch,
         rank=job.rank,
         judged=distributed.most(job.eval_windows) * texts,
-        states=2 + again + bool(job.retrain),
+        states=2 + again + dense + bool(job.retrain),
         passes=1 + again,
         packed=job.packed,
         gpu=device != "cpu",
         steps=job.steps if job.retrain else 0,
         step_batch=distributed.most(job.batch),
+        trainings=1 + dense,
+        checkpointing=job.checkpointing,
+        loads=1 + again + dense,
     )
 
 
@@ -98,37 +105,22 @@ def budget_of(job: RunSettings, device: str) -> Budget:
     return Budget(gpu, host, shutil.disk_usage(nearest).free)
 
 
-def measure(device: str, shape: Shape) -> Rates:
-    """Rates of products of the model's own sizes and dtype, and of copying."""
-    dtype = {2: torch.bfloat16, 8: torch.float64}.get(shape.itemsize, torch.float32)
-    outputs, inputs = max((size for unit in shape.units for size in unit.linears), key=lambda size: size[0] * size[1])
-    # A slice of a large weight runs at its rate, and a whole one could take longer than the probe may.
-    tokens, outputs, inputs = 512, min(outputs, 4096), min(inputs, 4096)
-    x = torch.ones(tokens, inputs, dtype=dtype, device=device)
-    weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
-    buffer = torch.ones(1 << 24, dtype=torch.uint8, device=device)
-    flops = 2 * tokens * outputs * inputs / _seconds(lambda: x @ weight.t(), device)
-    return Rates(flops, 2 * buffer.nbytes / _seconds(buffer.clone, device), DISK)
+@dataclass(frozen=True)
+class Taken:
+    """What a job took: bytes of memory and of the GPU at the peak, seconds on the clock, and those it computed in."""
+
+    host: int
+    device: int
+    seconds: float
+    own: float
 
 
-def told(plan: Plan, bytes: int, device_bytes: int, seconds: float) -> str:
+def told(plan: Plan, taken: Taken) -> str:
     """Plan against actual, in one line."""
-    parts = [f"memory {plan.host / 1e9:.2f} GB planned, {bytes / 1e9:.2f} GB taken"]
+    parts = [f"memory {plan.host / 1e9:.2f} GB planned, {taken.host / 1e9:.2f} GB taken"]
     if plan.device:
-        parts.append(f"GPU {plan.device / 1e9:.2f} GB planned, {device_bytes / 1e9:.2f} GB taken")
-    parts.append(f"{duration(plan.seconds)} planned, {duration(seconds)} taken")
+        parts.append(f"GPU {plan.device / 1e9:.2f} GB planned, {taken.device / 1e9:.2f} GB taken")
+    parts.append(f"{duration(plan.seconds)} planned, {duration(taken.seconds)} taken")
+    if not plan.device and taken.seconds > SHARED * taken.own:
+        parts[-1] += f" (beside other work: {duration(taken.own)} of computing)"
     return "; ".join(parts)
-
-
-def _seconds(call: Callable[[], Tensor], device: str) -> float:
-    """The best time of a call within the time of the probe."""
-    call()  # torch prepares its first product of a shape
-    best, ended, calls = float("inf"), time.perf_counter() + PROBE, 0
-    while calls < 3 or time.perf_counter() < ended:
-        calls += 1
-        started = time.perf_counter()
-        call()
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best

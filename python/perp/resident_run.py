@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perp import checkpoints, distributed, models, precision, record, report
+from perp import checkpoints, distributed, machine, models, precision, record, report
 from perp.adapters import Adapter, attach, detach, merge
 from perp.blocks import all_prunable, find_blocks
 from perp.distil import Teacher
@@ -37,7 +36,7 @@ class ResidentJob(Job):
         """The model before is released first."""
         job = self.job
         self.model = None
-        gc.collect()
+        machine.trim()
         self.model, self.tokenizer = models.load(job.model, job.dtype, self.device, job.trust_remote_code)
         self.directory = models.directory(job.model)
 

@@ -13,13 +13,13 @@ from perp import distributed, machine, record, report, settings, texts
 from perp.errors import UserError
 from perp.lock import locked
 from perp.plan import Plan
-from perp.planning import plan_job, told
+from perp.planning import Taken, plan_job, told
 from perp.progress import Progress, Silent
 from perp.report import Report, Row
 from perp.resident_run import ResidentJob
 from perp.settings import RunSettings
 from perp.streamed_run import StreamedJob
-from perp.texts import Texts
+from perp_kernels import Pattern
 
 logger = logging.getLogger("perp")
 
@@ -43,24 +43,38 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
         with distributed.together():
             if distributed.leads():
                 held.enter_context(locked(job.out))
-            job, plan, text = _prepared(job)
-        if plan.gives_back:
-            machine.give_back_memory()
-        before, started = machine.resident_parts()[0], time.monotonic()
-        kind = StreamedJob if plan.stream else ResidentJob
-        if distributed.size() == 1:
-            held.callback(record.tidy, job.out)
-        with machine.AnonymousPeak() as taken:
-            with distributed.together():
-                made = kind(job, pattern, text, progress, plan)
-            found = made.run(dense)
-        used = round(machine.peak(job.device or "cpu") * 1e9) if plan.device else 0
-        logger.info(told(plan, taken.most - before, used, time.monotonic() - started))
+            job, plan = _prepared(job)
+        found, taken = carry_out(job, pattern, plan, progress, dense)
+        logger.info(told(plan, taken))
         return found
 
 
-def _prepared(job: RunSettings) -> tuple[RunSettings, Plan, Texts]:
-    """How the job is to be done, and its text; UserError for what cannot be."""
+def carry_out(
+    job: RunSettings, pattern: Pattern, plan: Plan, progress: Progress, dense: Sequence[Row] = ()
+) -> tuple[Report, Taken]:
+    """Do a job that has been checked as it was planned; its report, and what it took."""
+    with distributed.together():
+        text = texts.read(job.data, job.eval_data)
+    if plan.gives_back:
+        machine.give_back_memory()
+    # What the plan's probe or an earlier job has freed is not to serve this one uncounted.
+    machine.trim()
+    before, started, own = machine.resident_parts()[0], time.monotonic(), time.thread_time()
+    kind = StreamedJob if plan.stream else ResidentJob
+    try:
+        with machine.AnonymousPeak() as peak:
+            with distributed.together():
+                made = kind(job, pattern, text, progress, plan)
+            found = made.run(dense)
+    finally:
+        if distributed.size() == 1:
+            record.tidy(job.out)
+    used = round(machine.peak(job.device or "cpu") * 1e9) if plan.device else 0
+    return found, Taken(peak.most - before, used, time.monotonic() - started, time.thread_time() - own)
+
+
+def _prepared(job: RunSettings) -> tuple[RunSettings, Plan]:
+    """The job, and how it is to be done; UserError for what cannot be."""
     if distributed.size() > 1 and record.unfinished(job.out) and not job.overwrite:
         raise UserError(
             f"{job.out} holds an unfinished run of one process; finish it without torchrun, or pass --overwrite to "
@@ -79,7 +93,7 @@ def _prepared(job: RunSettings) -> tuple[RunSettings, Plan, Texts]:
         )
     if planned.plan.stream:
         settings.check_streamed(job)
-    return job, planned.plan, texts.read(job.data, job.eval_data)
+    return job, planned.plan
 
 
 def run_demo(out: Path, progress: Progress | None = None) -> list[Report]:

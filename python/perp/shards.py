@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ class Shards:
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
-    def slices(self, keys: Iterable[str]) -> dict[str, Any]:
+    def slices(self, keys: Iterable[str]) -> Slices:
         """These tensors as safetensors' slices, mapped and not yet read."""
         return slices({key: self.directory / self._places[key] for key in keys})
 
@@ -59,15 +60,45 @@ def header(path: Path) -> dict[str, Any]:
             pass
         entries = json.loads(_head(path))
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}); copy it again.") from error
+        raise damaged(path, error) from error
     entries.pop("__metadata__", None)
     return entries
 
 
-def slices(places: Mapping[str, Path]) -> dict[str, Any]:
-    """The tensors `places` (name -> file) as slices."""
-    files = {path: safe_open(path, framework="pt") for path in set(places.values())}
-    return {key: files[path].get_slice(key) for key, path in places.items()}
+class Slices(dict[str, Any]):
+    """Tensors of files by name, as safetensors' slices; `places`: the file of each."""
+
+    places: Mapping[str, Path]
+
+
+def slices(places: Mapping[str, Path]) -> Slices:
+    """The tensors `places` (name -> file) as slices; UserError for a file that is missing, cut or damaged."""
+    files = {}
+    for path in set(places.values()):
+        try:
+            files[path] = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise damaged(path, error) from error
+    found = Slices({key: files[path].get_slice(key) for key, path in places.items()})
+    found.places = places
+    return found
+
+
+def read_through(places: Mapping[str, Path]) -> None:
+    """Read the tensors `places` (name -> file) once, so that the system has them in memory; UserError as `slices`."""
+    for path in sorted(set(places.values())):
+        entries = header(path)
+        with path.open("rb", buffering=0) as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            for start, stop in sorted(entries[key]["data_offsets"] for key, own in places.items() if own == path):
+                for at in range(begin + start, begin + stop, _PIECE):
+                    wanted = min(_PIECE, begin + stop - at)
+                    if len(os.pread(file.fileno(), wanted, at)) < wanted:
+                        raise damaged(path, "it ends too early")
+
+
+def damaged(path: Path, why: object) -> UserError:
+    return UserError(f"{path} is truncated or damaged ({why}); copy it again.")
 
 
 def identity(path: Path) -> list[int]:

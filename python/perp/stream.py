@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from perp import models, shards
 from perp.activations import InMemory
+from perp.ahead import Ahead
 from perp.blocks import Calls, find_blocks
 from perp.errors import UserError
 from perp.experts import closed, is_open, open_experts
 from perp.files import commit
 from perp.models import WEIGHTS, check_finite, quiet, save_weights
-from perp.shards import Shards
+from perp.shards import Shards, Slices
 
 # The files of finished blocks stand in for the model's own: the number of a block -> its tensors by their names there.
-Source = Callable[[int], Mapping[str, Any]]
+Source = Callable[[int], Slices]
 
 
 class Stream:
@@ -40,8 +42,12 @@ class Stream:
         dtype: torch.dtype | str | None = None,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        ahead: bool = False,
     ) -> None:
-        """The model `name` as `perp.load` takes it; UserError for what that refuses by files and configuration."""
+        """The model `name` as `perp.load` takes it; UserError for what that refuses by files and configuration.
+
+        `ahead`: while a block is entered, the next one is read, which takes the memory of one more.
+        """
         models.check_model(name, trust_remote_code)
         self.name, self.device = name, torch.device(device)
         source = models.source(name)
@@ -64,6 +70,7 @@ class Stream:
         self._checked: set[int] = set()
         self._known: Calls | None = None
         self._shells: dict[int, Any] = {}
+        self._ahead = Ahead(self.device) if ahead else None
 
     def calls(self, windows: Tensor, states: Callable[[], MutableSequence[Tensor]] = InMemory) -> Calls:
         """What the blocks are called with for these windows; the first call reads every block once."""
@@ -79,17 +86,22 @@ class Stream:
         if index in self._shells:
             yield
             return
-        self._shells[index] = self._load(index, self._source(index))
+        self._shells[index] = self._taken(index)
         loaded = self._in_shell(index)
         adopt(self.blocks[index], loaded)
         for module in loaded.modules():
             # Else the shell would hold on to weights that the block has given up.
             module._parameters.update(dict.fromkeys(module._parameters))
         try:
+            self._begin(index + 1)
             if index not in self._checked:
                 check_finite(self.blocks[index], f"block {index} of {self.name}")
                 self._checked.add(index)
             yield
+        except BaseException:
+            if self._ahead:
+                self._ahead.drop()
+            raise
         finally:
             del self._shells[index]
             self.blocks[index].to("meta")
@@ -142,10 +154,21 @@ class Stream:
             for tensor, data in zip(tensors, before, strict=True):
                 tensor.data = data
 
+    def _taken(self, index: int) -> Any:
+        """Block `index` in a shell on the device, as it was read ahead or read now."""
+        found = self._ahead.take((self._source, index)) if self._ahead else None
+        return self._load(index, self._source(index)) if found is None else found
+
+    def _begin(self, index: int) -> None:
+        if self._ahead and index < len(self.blocks):
+            source = self._source
+            tensors = source(index)
+            self._ahead.start((source, index), partial(self._shell, index, tensors), tensors.places)
+
     def _in_shell(self, index: int) -> nn.Module:
         return self._shells[index].get_submodule(f"{self.prefix}.{index}")
 
-    def _from_shards(self, index: int) -> Mapping[str, Any]:
+    def _from_shards(self, index: int) -> Slices:
         return self.shards.slices(self._own.get(index, ()))
 
     def _put(self, blocks: nn.ModuleList) -> None:
@@ -153,7 +176,10 @@ class Stream:
         setattr(self.model.get_submodule(parent), own, blocks)
 
     def _load(self, index: int, tensors: Mapping[str, Any]) -> Any:
-        """A shell with block `index` alone, of these tensors."""
+        return self._shell(index, tensors).to(self.device)
+
+    def _shell(self, index: int, tensors: Mapping[str, Any]) -> Any:
+        """A shell with block `index` alone, of these tensors, in memory."""
         with quiet():
             shell, report = _variant(self._kind, _Only(index)).from_pretrained(
                 None,
@@ -166,7 +192,7 @@ class Stream:
             raise UserError(f"{self.name} lacks {missing[0]}; use a complete checkpoint.")
         if any(map(is_open, self.blocks[index].modules())):
             open_experts(shell)
-        return shell.eval().to(self.device)
+        return shell.eval()
 
 
 def adopt(block: nn.Module, other: nn.Module) -> None:

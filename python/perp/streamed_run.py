@@ -31,7 +31,7 @@ class StreamedJob(Job):
         job = self.job
         if not hasattr(self, "stream"):
             self.tokenizer = models.load_tokenizer(job.model, job.trust_remote_code)
-            self.stream = Stream(job.model, job.dtype, self.device, job.trust_remote_code)
+            self.stream = Stream(job.model, job.dtype, self.device, job.trust_remote_code, self.plan.ahead)
             self.model, self.directory = self.stream.model, self.stream.directory
 
     def check_output(self) -> None:
@@ -61,7 +61,14 @@ class StreamedJob(Job):
         assert settings is not None
         with self.cost() as cost:
             trained = packed_retrain.retrain(
-                self.stream, pruned, stage, self.tokenizer, self.training, settings, self.progress
+                self.stream,
+                pruned,
+                stage,
+                self.tokenizer,
+                self.training,
+                settings,
+                self.progress,
+                self.plan.offload,
             )
         self.made += stage.made
         with self.holding(stage):

@@ -5,12 +5,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from perp import machine, plan
-from perp.plan import Budget, Rates, Shape, UnitShape, Work, advice, choose, predict, shape_of
+from perp import footprint, machine, pace
+from perp.blocks import find_blocks
+from perp.pace import Rates
+from perp.plan import Budget, advice, choose, predict
+from perp.workload import Shape, UnitShape, Work, shape_of
 
 from . import families
 
-RATES = Rates(flops=1e12, memory=1e10, disk=1e9)
+RATES = Rates(1e12, 5e11, 4e11, 2e12, 3e12, 1e9, 1e9, 2e9, disk=1e9, build=0.1)
 AMPLE = Budget(device=1 << 50, host=1 << 50, disk=1 << 50)
 # LLaMA-2-70B: 80 blocks of 8192, inner 28672, 8 groups of keys, vocabulary 32000.
 LARGE = LlamaConfig(
@@ -45,9 +48,9 @@ def test_every_family_has_its_linears_in_attention_and_the_rest(family):
     model = families.build(family)
     found = shape_of(model)
     assert len(found.units) == 2
-    linears = [m for m in plan.find_blocks(model)[1][0].modules() if isinstance(m, torch.nn.Linear)]
+    linears = [m for m in find_blocks(model)[1][0].modules() if isinstance(m, torch.nn.Linear)]
     assert sum(unit.weights for unit in found.units) == sum(linear.weight.numel() for linear in linears)
-    assert found.block == sum(p.numel() for p in plan.find_blocks(model)[1][0].parameters())
+    assert found.block == sum(p.numel() for p in find_blocks(model)[1][0].parameters())
 
 
 def test_streaming_takes_no_more_for_more_blocks():
@@ -74,9 +77,42 @@ def test_the_parts_of_a_fit_are_those_of_the_kept_weights():
     """bf16: values, the copy to go back to, fp32 copy, two moments and gradient, at half of the weights."""
     unit = UnitShape(((1000, 1000),))
     one = Shape(1, (unit,), unit.weights, 0, 1000, 10, 2)
-    half, all_kept = (plan._fit_memory(unit, one, Work(1, 1, kept=kept, batch=1)) for kept in (0.5, 1.0))
+    half, all_kept = (footprint._fit(unit, one, Work(1, 1, kept=kept, batch=1)) for kept in (0.5, 1.0))
     per_kept = 2 + 2 + 4 + 8 + 4 + 2 * 4
     assert all_kept - half == pytest.approx(per_kept * 5e5, rel=1e-3)
+
+
+def test_seconds_are_products_over_rates():
+    """One block of one linear, by hand: statistics, targets, losses before and after, and the training."""
+    unit = UnitShape(((100, 50),))
+    one = Shape(1, (unit,), unit.weights, 0, 50, 10, 4)
+    work = Work(windows=6, seqlen=8, kept=0.5, epochs=3, batch=4, judged=5, states=1, steps=7, step_batch=2, rank=3)
+    passed = 2 * 8 * (5000 + 2 * 8 * 50)
+    told = pace.of_pruning(one, work, RATES, fitted=True)
+    once = 6 * passed / 1e12
+    steps = 3 * 2
+    assert told == pytest.approx(
+        3.5 * once + 5000 / 1e9 + 5000 / 1e9 + 3 * 6 * passed / 5e11 + steps * 2500 / 2e9, rel=1e-9
+    )
+    assert pace.of_pruning(one, work, RATES, fitted=False) == pytest.approx(2 * once + 5000 / 1e9, rel=1e-9)
+    assert pace.of_judging(one, work, RATES) == pytest.approx(5 * passed / 1e12 + 2 * 5 * 8 * 500 / 2e12, rel=1e-9)
+    trained = 14 * passed / 4e11 + 2.5 * 14 * 8 * 2 * 500 / 2e12 + 7 * 3 * 150 / 2e9
+    assert pace.of_retraining(one, work, RATES) == pytest.approx(trained, rel=1e-9)
+
+
+def test_the_line_without_recovery_costs_no_fit():
+    found, work = shape(LARGE), Work(16, 2048)
+    alone, fitted = (pace.of_pruning(found, work, RATES, again) for again in (False, True))
+    twice = predict(found, replace(work, passes=2), RATES, True, "disk")
+    assert {stage.name: stage.seconds for stage in twice.stages}["prune"] == pytest.approx(alone + fitted)
+
+
+def test_graphs_of_all_blocks_are_alive_without_checkpoints():
+    work = Work(16, 2048, steps=1)
+    small, large = shape(LARGE), replace(shape(LARGE), blocks=160)
+    kept = [footprint.of_retraining(one, replace(work, checkpointing=False)) for one in (small, large)]
+    again = [footprint.of_retraining(one, work) for one in (small, large)]
+    assert kept[1] - kept[0] > 5 * (again[1] - again[0])
 
 
 def test_the_fastest_way_that_fits_is_chosen():
@@ -87,11 +123,39 @@ def test_the_fastest_way_that_fits_is_chosen():
     assert (chosen.stream, chosen.activations, fits) == (True, "device", True)
     chosen, fits = choose(found, work, RATES, replace(AMPLE, device=gpu - 1))
     assert (chosen.stream, chosen.activations, fits) == (True, "memory", True)
-    chosen, fits = choose(found, work, RATES, replace(AMPLE, device=gpu - 1, host=chosen.host - 1))
+    assert chosen.ahead
+    host = predict(found, work, RATES, True, "memory").host
+    chosen, fits = choose(found, work, RATES, replace(AMPLE, device=gpu - 1, host=host))
+    assert (chosen.activations, chosen.ahead, fits) == ("memory", False, True)
+    chosen, fits = choose(found, work, RATES, replace(AMPLE, device=gpu - 1, host=host - 1))
     assert (chosen.stream, chosen.activations, fits) == (True, "disk", True)
     assert choose(found, work, RATES, AMPLE, stream=True)[0].stream is True
     assert choose(found, work, RATES, Budget(1, 1, 1))[1] is False
     assert choose(found, work, RATES, Budget(1, 1, 1), stream=False)[0].stream is False
+
+
+def test_a_block_more_is_counted_where_it_is_read_ahead():
+    found, work = shape(LARGE), Work(16, 2048, gpu=True)
+    alone, ahead = (predict(found, work, RATES, True, "disk", ahead=ahead) for ahead in (False, True))
+    assert ahead.device - alone.device == ahead.host - alone.host == found.block * found.itemsize
+    assert ahead.seconds < alone.seconds
+    assert not choose(found, replace(work, gpu=False), RATES, AMPLE, stream=True)[0].ahead
+
+
+def test_packed_weights_go_to_memory_where_they_do_not_fit():
+    found, work = shape(LARGE), Work(16, 2048, gpu=True, steps=4)
+    whole = predict(found, work, RATES, True, "memory")
+    packed = found.inside * (0.5 * 2 + 1 / 8)
+    assert choose(found, work, RATES, replace(AMPLE, device=whole.device), stream=True)[0].offload is False
+    chosen, fits = choose(found, work, RATES, replace(AMPLE, device=whole.device - 1), stream=True)
+    assert fits
+    assert chosen.offload
+    (there,) = (stage for stage in chosen.stages if stage.name == "retrain")
+    (here,) = (stage for stage in whole.stages if stage.name == "retrain")
+    more = (chosen.ahead - whole.ahead) * found.block * 2
+    assert here.device - there.device == pytest.approx(packed * 78 / 80 - more, rel=1e-3)
+    assert there.host - here.host == pytest.approx(packed + more, rel=1e-3)
+    assert not choose(found, replace(work, checkpointing=False), RATES, AMPLE, stream=True)[0].offload
 
 
 def test_the_mildest_setting_that_helps_is_named():

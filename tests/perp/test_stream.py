@@ -1,11 +1,13 @@
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from perp import models
+from perp import models, shards
 from perp.activations import Place
 from perp.blocks import find_blocks
 from perp.errors import UserError
@@ -133,3 +135,67 @@ def test_hidden_states_in_a_file_are_those_put_there(tmp_path):
     assert [state[0, 0, 0].item() for state in states] == [10, 11, 12]
     with pytest.raises(IndexError):
         states.append(torch.zeros(1, 2, 4))
+
+
+@pytest.mark.parametrize("family, dtype", [("llama", torch.bfloat16), ("phi", torch.float32)])
+def test_reading_ahead_changes_no_bit(tmp_path, family, dtype):
+    directory = sharded(tmp_path, family, dtype=dtype)
+    ids = families.windows(2, 12)
+    found = []
+    for ahead in (False, True):
+        stream = Stream(str(directory), ahead=ahead)
+        stage = Finished(tmp_path / str(ahead))
+        pruned = prune_model(stream.model, ids, "wanda", "2:4", FIT, residence=Streamed(stream, stage))
+        found.append((pruned.losses, [stage.weights(index).read_bytes() for index in range(len(stream.blocks))]))
+    assert found[0] == found[1]
+
+
+def reading_ahead() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "perp-ahead"]
+
+
+def test_the_next_block_is_read_once_and_nothing_after_the_last(tmp_path, monkeypatch):
+    stream = Stream(str(sharded(tmp_path, "llama")), ahead=True)
+    read: list[set[int]] = []
+    through = shards.read_through
+    monkeypatch.setattr(
+        shards, "read_through", lambda places: read.append(set(map(shards.number, places))) or through(places)
+    )
+    with stream.enter(0), stream.enter(0):
+        assert len(reading_ahead()) <= 1
+    with stream.enter(1):
+        assert not reading_ahead()
+    assert read == [{1}]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_shard_that_is_cut_meanwhile_is_one_sentence(tmp_path, monkeypatch, ahead):
+    directory = sharded(tmp_path, "llama")
+    stream = Stream(str(directory), ahead=ahead)
+    (shard,) = stream.shards.slices(stream._own[1][-1:]).places.values()
+
+    def cut(*_) -> None:
+        os.truncate(shard, shard.stat().st_size - 1)
+
+    if ahead:  # by the time that the thread reads it
+        through = shards.read_through
+        monkeypatch.setattr(shards, "read_through", lambda places: (cut(), through(places)))
+    with stream.enter(0):
+        if not ahead:
+            cut()
+    with (
+        pytest.raises(UserError, match=r"model-.*safetensors is truncated or damaged \(.*\); copy it again\.$"),
+        stream.enter(1),
+    ):
+        pass
+    assert not reading_ahead()
+
+
+def test_the_thread_that_reads_ahead_ends_with_a_failure(tmp_path):
+    stream = Stream(str(sharded(tmp_path, "llama")), ahead=True)
+    with pytest.raises(KeyboardInterrupt), stream.enter(0):
+        raise KeyboardInterrupt
+    assert not reading_ahead()
+    assert all(weight.is_meta for weight in stream.blocks.parameters())
+    with stream.enter(1):
+        assert not any(weight.is_meta for weight in stream.blocks[1].parameters())

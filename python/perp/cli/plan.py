@@ -17,11 +17,12 @@ from perp.cli.job import job_command
 def plan(job: Any) -> None:
     """Say what perp run would take with these options on this machine: memory, disk and time of each stage.
 
-    Memory is that beyond a process with torch and transformers imported; mapped files do not count. Only the model's
-    config.json is read, and half a second measures how fast this machine is.
+    Memory is that beyond a process with torch and transformers imported; mapped files do not count. Time is that of a
+    machine that does nothing else. Only the model's config.json is read, and a second or two of pruning and training a
+    small block shows how fast this machine is.
     """
     from perp import machine, settings
-    from perp.planning import plan_job
+    from perp.planning import SHARED, plan_job
     from perp.progress import duration
 
     # Nothing is written: whatever is in its output directory may stay.
@@ -36,6 +37,10 @@ def plan(job: Any) -> None:
     for stage in found.plan.stages:
         sizes = (machine.told(size) for size in (stage.device, stage.host, stage.disk))
         told.add_row(stage.name, *sizes, duration(stage.seconds))
+    if len(found.plan.stages) > 1:
+        plan = found.plan
+        sizes = (machine.told(size) for size in (plan.device, plan.host, plan.disk))
+        told.add_row("in all", *sizes, duration(plan.seconds), style="bold")
     budget = found.budget
     told.add_row("may take", *(machine.told(size) for size in (budget.device, budget.host, budget.disk)), "")
     console = Console()
@@ -47,4 +52,9 @@ def plan(job: Any) -> None:
         else "hidden states in memory"
     )
     verdict = f"It fits: {way}, {kept}." if found.fits else f"It does not fit; {found.advice}."
+    if found.rates.busy > SHARED:
+        verdict += (
+            f" The machine has other work: beside it all takes {found.rates.busy:.1f} times as long now, "
+            f"{duration(found.rates.busy * found.plan.seconds)}."
+        )
     console.print(verdict, markup=False, highlight=False)

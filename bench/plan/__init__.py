@@ -1,0 +1,1 @@
+"""What `perp plan` says of a job against what the job takes."""
