@@ -37,7 +37,11 @@ INSTRUCTION = {
 }
 """What a product has to show in machine code, by its family."""
 
-SHARED = {shape.suffix: shape.shared for shape in (*bitmap_plans.SHAPES, *plans.SHAPES_90.values(), *plans.SHAPES_80)}
+SHARED = (
+    {shape.suffix: shape.shared for shape in bitmap_plans.SHAPES}
+    | {shape.suffix: shape.shared for shape in plans.SHAPES_80}
+    | {shape.suffix: shape.shared for shape in plans.SHAPES_90.values()}
+)
 
 
 def family(source: str) -> str | None:
