@@ -28,7 +28,7 @@ from bench.quality.worker import Job
 from perp import demo, manifest
 from perp.errors import UserError
 
-WIDTH = 200
+WIDTH = 220
 
 
 def in_a_process_of_its_own(job: Job) -> dict[str, Any]:

@@ -24,7 +24,7 @@ UNIT_PARTS = tuple(part for part in PARTS if part not in ("lora", "head"))
 #
 # Retraining: mask_lora and norms from the first trials on SmolLM2-135M; the others are what the literature uses.
 RETRAIN_RATES = {
-    "full": 5e-5,
+    "full": 4e-4,
     "kept": 1e-4,
     "mask_lora": 2e-3,
     "lora_prune": 1e-3,
