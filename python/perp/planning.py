@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perp import machine, models, pruners
-from perp.plan import Budget, Plan, Rates, Shape, Work, advice, choose, shape_of
+from perp.granularity import Granularity
+from perp.plan import Budget, Plan, Rates, Shape, UnitShape, Work, advice, choose, shape_of
 from perp.progress import duration
 from perp.settings import RunSettings
 from perp_kernels import Pattern
@@ -60,7 +61,19 @@ def model_shape(
         config = AutoConfig.from_pretrained(models.source(name), trust_remote_code=trust_remote_code)
         found = getattr(torch, dtype) if dtype else config.dtype or torch.float32
         model = AutoModelForCausalLM.from_config(config, dtype=found, trust_remote_code=trust_remote_code)
-    return shape_of(model, granularity)
+    return _together(shape_of(model, granularity), granularity)
+
+
+def _together(shape: Shape, granularity: str) -> Shape:
+    """Where several blocks are fitted at once, they are one unit. Its graph is told too large: in a span of blocks only
+    one is computed at a time."""
+    count = 1 if granularity == "none" else Granularity.parse(granularity).blocks
+    if count == 1:
+        return shape
+    count = min(count or shape.blocks, shape.blocks)
+    linears = tuple(size for unit in shape.units for size in unit.linears)
+    unit = UnitShape(linears * count, sum(unit.other for unit in shape.units) * count)
+    return replace(shape, blocks=-(-shape.blocks // count), units=(unit,))
 
 
 def work_of(job: RunSettings, device: str) -> Work:
