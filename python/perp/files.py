@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from perp.errors import UserError
 
 
 def flush(path: Path) -> None:
@@ -29,3 +35,14 @@ def write_json(content: Any, path: Path) -> None:
     written = path.with_name(f".{path.name}")
     written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     commit(written, path)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Around writing what a run has finished: UserError for what the disk refuses, and what is there stays."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{place} could not be written ({str(error).rstrip('.')}); make room and give the same command to go on."
+        ) from error

@@ -26,7 +26,7 @@ from perp import masks as mask_files
 from perp import shards
 from perp.errors import UserError
 from perp.figures import Figures
-from perp.files import commit, write_json
+from perp.files import commit, write_json, writing
 from perp_kernels import Pattern, PatternError
 
 _UNIT = "perp-unit"
@@ -47,13 +47,16 @@ class Finished:
         """The file of the training that follows."""
         return self.directory / "retrain.pt"
 
-    def patterns(self) -> list[Pattern] | None:
-        """The pattern of each block, if they were written."""
+    def patterns(self, count: int) -> list[Pattern] | None:
+        """The pattern of each of `count` blocks, if they were written."""
         path = self.directory / _PATTERNS
         if not path.exists():
             return None
         try:
-            return [Pattern.parse(text) for text in json.loads(path.read_text(encoding="utf-8"))]
+            patterns = [Pattern.parse(text) for text in json.loads(path.read_text(encoding="utf-8"))]
+            if len(patterns) != count:
+                raise ValueError(f"{len(patterns)} patterns are of another model")
+            return patterns
         except (OSError, ValueError, TypeError, AttributeError, PatternError) as error:
             raise UserError(f"{path} is damaged; delete it and run again.") from error
 
@@ -72,15 +75,13 @@ class Finished:
     ) -> None:
         """`write(path)` writes the block's weights as a file that is whole or absent."""
         weights, bits = self._block(index), self._block(index, ".masks.safetensors")
-        write(weights)
-        written = bits.with_name(f".{bits.name}")
-        mask_files.write(masks, written)
-        commit(written, bits)
-        told = {
-            "checksums": [shards.checksum(weights), shards.checksum(bits)],
-            **figures.to_json(),
-        }
-        write_json(told, self._block(index, ".json"))
+        with writing(self.directory):
+            write(weights)
+            written = bits.with_name(f".{bits.name}")
+            mask_files.write(masks, written)
+            commit(written, bits)
+            checksums = [shards.checksum(weights), shards.checksum(bits)]
+            write_json({"checksums": checksums, **figures.to_json()}, self._block(index, ".json"))
         self._verified.add(index)
         self.made += 1
 
@@ -116,8 +117,9 @@ class Finished:
         tensors |= {f"{_MASK}{layer}": mask_files.pack(mask)[0] for layer, mask in masks.items()}
         path = self._unit(name)
         written = path.with_name(f".{path.name}")
-        save_file(tensors, written, metadata={_UNIT: json.dumps(about)})
-        commit(written, path)
+        with writing(self.directory):
+            save_file(tensors, written, metadata={_UNIT: json.dumps(about)})
+            commit(written, path)
         self.made += 1
 
     def read_unit(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Figures]:

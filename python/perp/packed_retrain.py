@@ -22,7 +22,7 @@ from perp import head, machine, manifest, packed_model, streamed_save
 from perp.adapters import merge
 from perp.errors import UserError
 from perp.experts import opened
-from perp.files import commit
+from perp.files import commit, writing
 from perp.finished import Finished, Masks
 from perp.linear import SparseLinear, swap_linears
 from perp.offload import Offload
@@ -101,8 +101,9 @@ def adopt_outside(stream: Stream, stage: Finished) -> tuple[int, int]:
 def _write(tensors: Mapping[str, Tensor], path: Path, trained: tuple[int, int]) -> None:
     written = path.with_name(f".{path.name}")
     plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    save_file(plain, written, metadata={_TRAINED: json.dumps(trained)})
-    commit(written, path)
+    with writing(path.parent):
+        save_file(plain, written, metadata={_TRAINED: json.dumps(trained)})
+        commit(written, path)
 
 
 def _packed(

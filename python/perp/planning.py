@@ -10,12 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perp import distributed, machine, models, pruners
+from perp.granularity import Granularity
 from perp.pace import Rates
 from perp.plan import Budget, Plan, advice, choose
 from perp.probe import measure
 from perp.progress import duration
 from perp.settings import RunSettings
-from perp.workload import Shape, Work, shape_of
+from perp.workload import Shape, UnitShape, Work, shape_of
 from perp_kernels import Pattern
 
 # The share of what is free that a job may plan with; the rest is for what the plan does not know of.
@@ -63,7 +64,19 @@ def model_shape(
         config = AutoConfig.from_pretrained(models.source(name), trust_remote_code=trust_remote_code)
         found = getattr(torch, dtype) if dtype else config.dtype or torch.float32
         model = AutoModelForCausalLM.from_config(config, dtype=found, trust_remote_code=trust_remote_code)
-    return shape_of(model, granularity)
+    return _together(shape_of(model, granularity), granularity)
+
+
+def _together(shape: Shape, granularity: str) -> Shape:
+    """Where several blocks are fitted at once, they are one unit. Its graph is told too large: in a span of blocks only
+    one is computed at a time."""
+    count = 1 if granularity == "none" else Granularity.parse(granularity).blocks
+    if count == 1:
+        return shape
+    count = min(count or shape.blocks, shape.blocks)
+    linears = tuple(size for unit in shape.units for size in unit.linears)
+    unit = UnitShape(linears * count, sum(unit.other for unit in shape.units) * count)
+    return replace(shape, blocks=-(-shape.blocks // count), units=(unit,))
 
 
 def work_of(job: RunSettings, device: str) -> Work:

@@ -118,7 +118,7 @@ class Recorded(Resident):
         return figures
 
     def patterns(self, make: Callable[[], list[Pattern]]) -> list[Pattern]:
-        found = self.stage.patterns()
+        found = self.stage.patterns(len(self.blocks))
         if found is None:
             found = make()
             self.stage.write_patterns(found)

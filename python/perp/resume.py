@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perp.errors import UserError
-from perp.files import commit
+from perp.files import commit, writing
 from perp.optim import AdamW
 
 if TYPE_CHECKING:
@@ -80,11 +80,14 @@ class Checkpoint:
             "random": torch.get_rng_state(),
             "random of the device": device,
         }
-        try:
-            torch.save(state, unfinished)
-            commit(unfinished, self.path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with writing(self.path):
+            try:
+                torch.save(state, unfinished)
+                commit(unfinished, self.path)
+            except RuntimeError as error:  # torch's own, for a full disk
+                raise OSError(str(error).splitlines()[0]) from error
+            finally:
+                unfinished.unlink(missing_ok=True)
         self.written = time.monotonic()
 
 

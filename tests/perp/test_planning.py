@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from transformers import LlamaConfig, OPTConfig
@@ -14,7 +14,7 @@ from bench.streaming.subjects import write_random
 from bench.streaming.worker import Job
 from perp import settings
 from perp.cli import app
-from perp.planning import plan_job
+from perp.planning import model_shape, plan_job
 from perp.settings import RunSettings
 
 OPT = OPTConfig(
@@ -60,6 +60,17 @@ def test_a_plan_needs_the_configuration_alone(tmp_path):
     assert (found.fits, found.plan.stream) == (True, True)
     assert not plan_job(RunSettings(model=job.model, out=job.out, device="cpu", cpu_memory="50MB")).fits
     assert plan_job(RunSettings(model=job.model, out=job.out, device="cpu", windows=4)).plan.stream is False
+
+
+def test_blocks_fitted_together_are_in_memory_together(tmp_path):
+    LLAMA.save_pretrained(tmp_path)
+    one, two, all_of_them = (model_shape(str(tmp_path), None, False, g) for g in ("block", "2-blocks", "model"))
+    assert two.block == 2 * one.block
+    assert (two.blocks, one.blocks) == (1, 2)
+    assert all_of_them == two
+    job = RunSettings(model=str(tmp_path), out=tmp_path / "out", device="cpu", windows=4, stream=True)
+    host = {g: plan_job(replace(job, reconstruct=g)).plan.host for g in ("block", "2-blocks")}
+    assert host["2-blocks"] > 1.5 * host["block"]
 
 
 def test_perp_plan_tells_a_stage_a_line_and_a_verdict(tmp_path):

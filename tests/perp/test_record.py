@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from perp.finished import Finished
 from perp.job import Job
 from perp.optim import AdamW
 from perp.settings import RunSettings
+from perp_kernels import Pattern
 
 from . import families, tiny
 from .kill import hashes, hurry
@@ -267,6 +269,33 @@ def test_a_damaged_or_handwritten_record_is_one_sentence(settings, left, tmp_pat
     damage(next(out.rglob(name)))
     with pytest.raises(UserError, match=message):
         run.run(replace(settings, out=out))
+
+
+@pytest.mark.parametrize("content", ["", "{}", '["0.5/row"]', '["0.5/row", 3]', '["0.5/row", "half"]', "[[], []]"])
+def test_damaged_shares_are_one_sentence(content, tmp_path):
+    stage = Finished(tmp_path)
+    given = [Pattern.parse("0.512345/row"), Pattern.parse("0.4/row")]
+    stage.write_patterns(given)
+    assert stage.patterns(2) == given
+    (tmp_path / "patterns.json").write_text(content)
+    with pytest.raises(UserError, match=r"patterns\.json is damaged; delete it and run again"):
+        stage.patterns(2)
+
+
+@KINDS
+def test_a_full_disk_is_a_clean_stop(settings, finished, tmp_path, stream):
+    job = replace(settings, out=tmp_path / "out", stream=stream)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # The record fits, and the first unit.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, before[1]))
+        with pytest.raises(UserError, match=r"could not be written \(.*; make room and give the same command"):
+            run.run(job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert record.unfinished(job.out)
+    run.run(job)
+    assert hashes(job.out) == hashes(finished(stream))
 
 
 def test_a_finished_directory_is_refused_as_ever(settings, finished):

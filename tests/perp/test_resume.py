@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import resource
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,18 @@ def test_a_damaged_file_is_told(content, tmp_path: Path, monkeypatch):
     file.write_bytes(file.read_bytes()[:500] if content is None else content)
     with pytest.raises(UserError, match="is damaged; delete it to train from the beginning"):
         retrain.retrain(families.pruned("opt"), families.windows(), SETTINGS, checkpoint=file)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_file_before(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    file = tmp_path / "retrain.pt"
+    interrupted(file)
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(UserError, match=r"retrain\.pt could not be written .* make room"):
+            retrain.retrain(families.pruned("opt"), families.windows(), SETTINGS, checkpoint=file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["retrain.pt"]
