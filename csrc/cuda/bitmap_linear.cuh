@@ -133,6 +133,7 @@ struct BitmapLinear {
     // One value early: a count includes the value that it is to find.
     store_shared2(to + kTable + row() * kTablePitch + place() * 8, uint2{word, slot + 2 * (head + along - own) - 2});
 
+    // Where the row keeps nothing here, that may be the chunk of its head once more.
     const int first = s.next >> 3, left = s.whole - first, chunks = (head + kept + 7) >> 3, whole = chunks < left ? chunks : left;
     const u16* from = s.chunk + static_cast<i64>(first + place()) * 8;
     u32 chunk = slot + 16 * place();

@@ -10,6 +10,7 @@ peer in the benchmark.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def _why_unavailable() -> str | None:
 unavailable = _why_unavailable()
 
 
+@functools.cache
 def _loads(device: int, kind: str) -> bool:
     from perp_kernels.cuda import load
 

@@ -77,16 +77,10 @@ def linear(
     shape, parts = choose(N, K, tokens, gpu)
     source = f"sm80_{TYPES[x.dtype]}_bitmap_linear"
     sums = None if parts == 1 else torch.empty((parts, tokens, N), dtype=torch.float32, device=x.device)
-    product = Launch(
-        source,
-        f"{source}_{shape.suffix}",
-        (-(-N // shape.rows), parts),
-        THREADS,
-        (
-            *(values, index, row_ptr, np.int64(0 if row_ptr is not None else values.shape[1])),
-            *(np.int64(values.numel()), x, np.int64(x.stride(0)), y, *bias_arguments(bias, y.dtype)),
-            *(np.int32(tokens), np.int32(N), np.int32(K), sums, np.int32(parts)),
-        ),
-        shape.shared,
-    )
+    row_stride = 0 if row_ptr is not None else values.shape[1]
+    weight = (values, index, row_ptr, np.int64(row_stride), np.int64(values.numel()))
+    numbers = (np.int32(tokens), np.int32(N), np.int32(K))
+    arguments = (*weight, x, np.int64(x.stride(0)), y, *bias_arguments(bias, y.dtype), *numbers, sums, np.int32(parts))
+    grid = (-(-N // shape.rows), parts)
+    product = Launch(source, f"{source}_{shape.suffix}", grid, THREADS, arguments, shape.shared)
     return [product] if sums is None else [product, adding_parts(source, y, bias, sums)]

@@ -47,9 +47,12 @@ def test_unpack_past_two_to_the_31(huge: pk.SparseWeight) -> None:
 
 @huge_test
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_few_tokens_past_two_to_the_31(huge: pk.SparseWeight, tokens: int) -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_few_tokens_past_two_to_the_31(huge: pk.SparseWeight, backend: str, tokens: int) -> None:
+    if backend == "cuda" and pk.cuda.unavailable is not None:
+        pytest.skip(pk.cuda.unavailable)
     x = normal(tokens, K, dtype=BF16)
-    with pk.backend("triton"):
+    with pk.backend(backend):
         y = pk.sparse_linear(x, huge)
     exact = F.linear(x.double(), last_rows(huge, 64).double())
     torch.testing.assert_close(y[:, -64:].double(), exact, rtol=2e-2, atol=2e-2)
