@@ -36,8 +36,9 @@ class ResidentJob(Job):
     def load(self) -> None:
         """The model before is released first."""
         job = self.job
-        self.model = None
-        gc.collect()
+        if self.model is not None:
+            self.model = None
+            gc.collect()
         self.model, self.tokenizer = models.load(job.model, job.dtype, self.device, job.trust_remote_code)
         self.directory = models.directory(job.model)
 
