@@ -50,7 +50,7 @@ class Job:
         self.job, self.pattern, self.progress, self.identity = job, pattern, progress, texts.identity
         self.plan = plan
         self.device = job.device or "cpu"
-        self.model: Any
+        self.model: Any = None
         self.tokenizer: Any
         self.directory: Path
         self.made = 0

@@ -35,8 +35,9 @@ class ResidentJob(Job):
     def load(self) -> None:
         """The model before is released first."""
         job = self.job
-        self.model = None
-        machine.trim()
+        if self.model is not None:
+            self.model = None
+            machine.trim()
         self.model, self.tokenizer = models.load(job.model, job.dtype, self.device, job.trust_remote_code)
         self.directory = models.directory(job.model)
 

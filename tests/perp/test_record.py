@@ -104,7 +104,7 @@ def made_by(job: RunSettings, monkeypatch) -> int:
 
 
 @KINDS
-@pytest.mark.parametrize("units", [1, 2, 4])
+@pytest.mark.parametrize("units", [1, 4])
 def test_a_second_run_makes_only_what_is_left(settings, finished, tmp_path, monkeypatch, units, stream):
     job = replace(settings, out=tmp_path / "out", stream=stream)
     run_until(job, monkeypatch, units)
