@@ -58,7 +58,7 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
     eval_data = job.eval_data or (("demo:sotu",) if job.data == "demo" else ())
     job = replace(job, device=machine.find_device(job.device), eval_data=eval_data)
     with locked(job.out):
-        planned = plan_job(job)
+        planned = plan_job(job, dense=bool(dense))
         if job.stream is not False and not planned.fits:
             raise UserError(f"{job.model} does not fit on this machine so; {planned.advice}, or see perp plan.")
         found, taken = carry_out(job, pattern, planned.plan, progress or Silent(), dense)
