@@ -42,6 +42,8 @@ def _fit(unit: UnitShape, shape: Shape, work: Work) -> int:
     masks = 0 if work.gpu else unit.weights  # a byte each, in memory
     if work.trained == "mask_lora":
         adapters = work.rank * sum(outputs + inputs for outputs, inputs in unit.linears)
+        # Beside adapters weights are dense, with their zeros.
+        packed = unit.weights * (shape.itemsize + 1 / 8)
         return round(2 * packed + masks + adapters * 4 * 4 + graph)
     largest = work.kept * max((outputs * inputs for outputs, inputs in unit.linears), default=0)
     begun = kept * shape.itemsize

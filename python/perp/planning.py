@@ -41,11 +41,14 @@ class Planned:
         return advice(self.shape, self.work, self.rates, self.budget)
 
 
-def plan_job(job: RunSettings, rates: Rates | None = None) -> Planned:
-    """The plan of a job that `perp.settings.check` has passed. `rates` None: measured now, in a second or two."""
+def plan_job(job: RunSettings, rates: Rates | None = None, dense: bool = False) -> Planned:
+    """The plan of a job that `perp.settings.check` has passed. `rates` None: measured now, in a second or two.
+
+    `dense`: the rows of the dense model are known, from an earlier job.
+    """
     device = machine.find_device(job.device)
     shape = model_shape(job.model, job.dtype, job.trust_remote_code, job.reconstruct)
-    work = work_of(job, device)
+    work = work_of(job, device, dense)
     if rates is None:
         begun = time.thread_time()
         model_shape(job.model, job.dtype, job.trust_remote_code, job.reconstruct)
@@ -79,13 +82,13 @@ def _together(shape: Shape, granularity: str) -> Shape:
     return replace(shape, blocks=-(-shape.blocks // count), units=(unit,))
 
 
-def work_of(job: RunSettings, device: str) -> Work:
+def work_of(job: RunSettings, device: str, dense: bool = False) -> Work:
     windows, seqlen = machine.usual_sizes(device)
     pattern, fitted = Pattern.parse(job.pattern), job.reconstruct != "none"
     trained = "kept" if "kept" in job.reconstruct_parts else "mask_lora"
     texts = 1 + len(job.eval_data or (("demo:sotu",) if job.data == "demo" else ()))
     again = fitted and "pruned" in job.compare
-    dense = bool(job.retrain) and "dense-retrained" in job.compare
+    retrained = bool(job.retrain) and "dense-retrained" in job.compare and not dense
     return Work(
         windows=distributed.most(job.windows or windows),
         seqlen=job.seqlen or seqlen,
@@ -96,15 +99,15 @@ def work_of(job: RunSettings, device: str) -> Work:
         batch=job.reconstruct_batch,
         rank=job.rank,
         judged=distributed.most(job.eval_windows) * texts,
-        states=2 + again + dense + bool(job.retrain),
+        states=(1 if dense else 2) + again + retrained + bool(job.retrain),
         passes=1 + again,
         packed=job.packed,
         gpu=device != "cpu",
         steps=job.steps if job.retrain else 0,
         step_batch=distributed.most(job.batch),
-        trainings=1 + dense,
+        trainings=1 + retrained,
         checkpointing=job.checkpointing,
-        loads=1 + again + dense,
+        loads=1 + again + retrained,
     )
 
 

@@ -43,7 +43,7 @@ def run(job: RunSettings, progress: Progress | None = None, dense: Sequence[Row]
         with distributed.together():
             if distributed.leads():
                 held.enter_context(locked(job.out))
-            job, plan = _prepared(job)
+            job, plan = _prepared(job, bool(dense))
         found, taken = carry_out(job, pattern, plan, progress, dense)
         logger.info(told(plan, taken))
         return found
@@ -73,8 +73,8 @@ def carry_out(
     return found, Taken(peak.most - before, used, time.monotonic() - started, time.thread_time() - own)
 
 
-def _prepared(job: RunSettings) -> tuple[RunSettings, Plan]:
-    """The job, and how it is to be done; UserError for what cannot be."""
+def _prepared(job: RunSettings, dense: bool) -> tuple[RunSettings, Plan]:
+    """The job, and how it is to be done where rows of the `dense` model are known; UserError for what cannot be."""
     if distributed.size() > 1 and record.unfinished(job.out) and not job.overwrite:
         raise UserError(
             f"{job.out} holds an unfinished run of one process; finish it without torchrun, or pass --overwrite to "
@@ -83,7 +83,7 @@ def _prepared(job: RunSettings) -> tuple[RunSettings, Plan]:
     if job.stream is None and not job.overwrite:
         # Else a machine with more memory free, or less, would not go on.
         job = replace(job, stream=record.was_streamed(job.out))
-    planned = plan_job(job)
+    planned = plan_job(job, dense=dense)
     if job.stream is not False and not planned.fits:
         raise UserError(f"{job.model} does not fit on this machine so; {planned.advice}, or see perp plan.")
     if planned.plan.stream and distributed.size() > 1:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, OPTConfig
@@ -14,7 +15,7 @@ from bench.streaming.subjects import write_random
 from bench.streaming.worker import Job
 from perp import settings
 from perp.cli import app
-from perp.planning import model_shape, plan_job
+from perp.planning import model_shape, plan_job, work_of
 from perp.settings import RunSettings
 
 OPT = OPTConfig(
@@ -58,8 +59,21 @@ def test_a_plan_needs_the_configuration_alone(tmp_path):
     settings.check(job, weights=False)
     found = plan_job(job)
     assert (found.fits, found.plan.stream) == (True, True)
-    assert not plan_job(RunSettings(model=job.model, out=job.out, device="cpu", cpu_memory="50MB")).fits
-    assert plan_job(RunSettings(model=job.model, out=job.out, device="cpu", windows=4)).plan.stream is False
+    assert not plan_job(replace(job, windows=None, cpu_memory="50MB"), found.rates).fits
+    assert plan_job(replace(job, cpu_memory=None), found.rates).plan.stream is False
+
+
+def test_lines_that_are_known_or_not_asked_for_are_not_planned():
+    job = RunSettings(model="", out=Path(), compare=("pruned", "dense-retrained"))
+    counted = [
+        work_of(one, "cpu", dense) for one, dense in ((job, False), (job, True), (replace(job, compare=()), False))
+    ]
+    assert [(work.states, work.passes, work.trainings, work.loads) for work in counted] == [
+        (5, 2, 2, 3),
+        (3, 2, 1, 2),
+        (3, 1, 1, 1),
+    ]
+    assert work_of(replace(job, refine="sparseswaps"), "cpu").statistics == "gram"
 
 
 def test_blocks_fitted_together_are_in_memory_together(tmp_path):

@@ -28,8 +28,7 @@ SHAPE = Shape(3, UNITS, 3 * 53248, 64 * 500, 64, 500, 4)
         {"reconstruct": "block", "retrain": ("mask_lora", "head"), "pattern": "0.6"},
     ],
 )
-def test_every_kind_of_job_has_rates(settings, itemsize, monkeypatch):
-    monkeypatch.setattr(probe, "ROUNDS", 1)
+def test_every_kind_of_job_has_rates(settings, itemsize):
     before = torch.get_rng_state()
     rates = asdict(probe.measure(replace(JOB, **settings), replace(SHAPE, itemsize=itemsize), "cpu"))
     assert torch.equal(torch.get_rng_state(), before)
