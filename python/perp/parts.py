@@ -22,15 +22,16 @@ UNIT_PARTS = tuple(part for part in PARTS if part not in ("lora", "head"))
 
 # AdamW's peak rates where none is given, by the first part of each table that trains, in its order.
 #
-# Retraining: mask_lora and norms from the first trials on SmolLM2-135M; the others are what the literature uses.
+# Retraining: mask_lora and norms from the first trials on SmolLM2-135M; full, lora_prune, spp and scale_lora from the
+# short trials in docs/methods.md; the others are what the literature uses.
 RETRAIN_RATES = {
     "full": 4e-4,
     "kept": 1e-4,
     "mask_lora": 2e-3,
-    "lora_prune": 1e-3,
+    "lora_prune": 3e-3,
     "lora": 1e-3,
-    "spp": 2e-3,
-    "scale_lora": 1e-3,
+    "spp": 1e-2,
+    "scale_lora": 3e-3,
     "norms": 2e-3,
     "biases": 2e-3,
     "head": 1e-3,
