@@ -95,6 +95,17 @@ def joined(device: str | None = None) -> Iterator[str]:
         yield device
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """For the duration, this rank is on its own: what is computed is of no other's concern, and nothing is sent."""
+    before = _rank, _size
+    _enter(0, 1)
+    try:
+        yield
+    finally:
+        _enter(*before)
+
+
 def _enter(rank: int, size: int) -> None:
     global _rank, _size
     _rank, _size = rank, size

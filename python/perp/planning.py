@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perp import distributed, machine, models, pruners
+from perp.blocks import all_prunable
 from perp.granularity import Granularity
 from perp.pace import Rates
 from perp.plan import Budget, Plan, advice, choose
@@ -43,15 +45,20 @@ class Planned:
 
 def plan_job(job: RunSettings, rates: Rates | None = None, dense: bool = False) -> Planned:
     """The plan of a job that `perp.settings.check` has passed. `rates` None: measured now, in a second or two.
+    PatternError, naming the layer, where an N:M does not divide it.
 
     `dense`: the rows of the dense model are known, from an earlier job.
     """
     device = machine.find_device(job.device)
-    shape = model_shape(job.model, job.dtype, job.trust_remote_code, job.reconstruct)
+    model = _bare_model(job.model, job.dtype, job.trust_remote_code)
+    _, pattern = pruners.resolve(job.method, job.pattern)
+    for name, linear in all_prunable(model).items():
+        pattern.check(linear.in_features, name)
+    shape = _together(shape_of(model, job.reconstruct), job.reconstruct)
     work = work_of(job, device, dense)
     if rates is None:
         begun = time.thread_time()
-        model_shape(job.model, job.dtype, job.trust_remote_code, job.reconstruct)
+        _bare_model(job.model, job.dtype, job.trust_remote_code)
         build = time.thread_time() - begun
         rates = replace(measure(job, shape, device), build=build)
     budget = budget_of(job, device)
@@ -63,11 +70,15 @@ def model_shape(
     name: str, dtype: str | None, trust_remote_code: bool = False, granularity: str = "half-block"
 ) -> Shape:
     """From the configuration alone: nothing of the weights is read."""
+    return _together(shape_of(_bare_model(name, dtype, trust_remote_code), granularity), granularity)
+
+
+def _bare_model(name: str, dtype: str | None, trust_remote_code: bool) -> Any:
+    """The model without weights."""
     with models.quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(models.source(name), trust_remote_code=trust_remote_code)
         found = getattr(torch, dtype) if dtype else config.dtype or torch.float32
-        model = AutoModelForCausalLM.from_config(config, dtype=found, trust_remote_code=trust_remote_code)
-    return _together(shape_of(model, granularity), granularity)
+        return AutoModelForCausalLM.from_config(config, dtype=found, trust_remote_code=trust_remote_code)
 
 
 def _together(shape: Shape, granularity: str) -> Shape:

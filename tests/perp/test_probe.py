@@ -26,6 +26,7 @@ SHAPE = Shape(3, UNITS, 3 * 53248, 64 * 500, 64, 500, 4)
         {"method": "magnitude", "reconstruct": "none", "retrain": ()},
         {"refine": "sparseswaps", "refit": True, "retrain": ("biases",), "checkpointing": False},
         {"reconstruct": "block", "retrain": ("mask_lora", "head"), "pattern": "0.6"},
+        {"pattern": "3:6"},
     ],
 )
 def test_every_kind_of_job_has_rates(settings, itemsize):
