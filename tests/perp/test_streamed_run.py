@@ -131,6 +131,7 @@ LIFTED = {
     "the whole model": {"reconstruct": "model", "inputs": "dense"},
     "owl": {"pattern": "0.6", "allocate": "owl", "refine": "sparseswaps", "refit": True},
     "experts": {"family": "mixtral", "packed": True},
+    "experts' matrices on disk": {"family": "mixtral", "reconstruct": "matrix", "activations": "disk"},
     "experts beside a shared one": {"family": "qwen2-moe", "method": "sparsegpt", "reconstruct": "none"},
     "experts held transposed, with owl": {"family": "gpt-oss", "pattern": "0.6", "allocate": "owl"},
     "experts behind a dense block": {"family": "deepseek", "reconstruct": "2-blocks"},
