@@ -255,13 +255,10 @@ class _Job:
             if unit.name in known:
                 self._restore(unit)
                 continue
-            # An expert reads as many tokens as are routed to it, where a file of states has room for one shape.
-            routed = any(linear.weight.ndim > 2 for linear in unit.linears.values())
-            keep: Callable[[Iterable[Tensor]], MutableSequence[Tensor]] = list if routed else self._states
-            inputs = keep(unit.reads(dense if flow.dense_inputs else block, flow.hidden, arguments))
+            inputs = self._states(unit.reads(dense if flow.dense_inputs else block, flow.hidden, arguments))
             taught = inputs if flow.dense is None else unit.reads(dense, flow.dense, arguments)
             own = unit.arguments(arguments)
-            targets = keep(outputs(unit, taught, own))
+            targets = self._states(outputs(unit, taught, own))
             self.choice.prune(unit, statistics, self.pattern)
             if _read_everywhere(unit, len(inputs), len(flow.hidden)):
                 self.fit(unit, inputs, targets, own)
