@@ -93,7 +93,8 @@ def overhead_row(directory: Path, windows: int, epochs: int, rounds: int, thread
     shape = f"SmolLM2-135M wanda 2:4, {windows} x 512, {epochs} epochs"
     device = taken[True][0]["device"]
     target = OVERHEAD * seconds[False]
-    return _row("time, streamed", shape, device, seconds[True], {"in memory": seconds[False]}, "s", target, peak)
+    peers = {"in memory": seconds[False]}
+    return _row("time, streamed", shape, device, seconds[True], peers, "s", target, peak, "float32")
 
 
 def _row(
@@ -105,10 +106,9 @@ def _row(
     unit: str,
     target: float | None,
     peak: int,
+    dtype: str = "bfloat16",
 ) -> Row:
-    return Row(
-        OP, kernel, shape, "bfloat16", device, machine.commit(), ours, peers, unit, "lower", target, None, peak, True
-    )
+    return Row(OP, kernel, shape, dtype, device, machine.commit(), ours, peers, unit, "lower", target, None, peak, True)
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
