@@ -88,6 +88,11 @@ class Job:
         if distributed.size() == 1:
             self.record = record.Record(job.out, asked, plan.stream, self.directory, job.overwrite)
 
+    @property
+    def unit_parts(self) -> set[str]:
+        """What of a unit is trained: of a single matrix no norms, which it does not have."""
+        return set(self.job.reconstruct_parts) - ({"norms"} if self.job.reconstruct == "matrix" else set())
+
     def load(self) -> None:
         """The dense model, from its files again."""
         raise NotImplementedError

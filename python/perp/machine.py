@@ -105,7 +105,7 @@ def give_back_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
 
 
 def trim() -> None:

@@ -65,8 +65,7 @@ class ResidentJob(Job):
 
     def reconstructed_count(self, masks: Mapping[str, Tensor]) -> tuple[int, int]:
         _, blocks = find_blocks(self.model)
-        # A single matrix has no norms.
-        parts = set(self.job.reconstruct_parts) - ({"norms"} if self.job.reconstruct == "matrix" else set())
+        parts = self.unit_parts
         swap_linears(self.model, masks)
         if mode := adapter_mode(parts):
             attach(self.model, mode, self.job.rank)

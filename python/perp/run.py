@@ -55,10 +55,11 @@ def carry_out(
     """Do a job that has been checked as it was planned; its report, and what it took."""
     with distributed.together():
         text = texts.read(job.data, job.eval_data)
+    # What the plan's probe or an earlier job has freed is not to serve this one uncounted.
     if plan.gives_back:
         machine.give_back_memory()
-    # What the plan's probe or an earlier job has freed is not to serve this one uncounted.
-    machine.trim()
+    else:
+        machine.trim()
     before, started, own = machine.resident_parts()[0], time.monotonic(), time.thread_time()
     kind = StreamedJob if plan.stream else ResidentJob
     try:

@@ -52,9 +52,7 @@ class StreamedJob(Job):
         return judge(self.stream, self.held_out, self.place, self.progress)
 
     def reconstructed_count(self, masks: Mapping[str, Tensor]) -> tuple[int, int]:
-        # A single matrix has no norms.
-        parts = set(self.job.reconstruct_parts) - ({"norms"} if self.job.reconstruct == "matrix" else set())
-        return trained_count(self.stream, masks, parts, self.job.rank)
+        return trained_count(self.stream, masks, self.unit_parts, self.job.rank)
 
     def retrain(self, pruned: Finished, masks: Mapping[str, Tensor], teacher: Teacher | None) -> list[Row]:
         settings, stage = self.job.for_retrain, self.stage(report.RETRAINED)
