@@ -121,24 +121,22 @@ class Calls:
         windows: Tensor,
         enter: Enter | None = None,
         activations: Callable[[], MutableSequence[Tensor]] = InMemory,
-        known: Calls | None = None,
+        forms: list[_Output] | None = None,
     ) -> None:
         """`windows`: token ids, int64 [n, T], n >= 1. The model must be in eval mode: no dropout, no checkpointing.
 
-        `enter` brings a block's weights for those that are not in memory. `known`: the calls of the same model with
-        other windows, whose short forward serves these too. UserError where the blocks do not run once each and in
-        order, hand each other more than the hidden state, or give NaN or infinite values.
+        `enter` brings a block's weights for those that are not in memory. `forms`: what the short forward showed of the
+        same model, for calls with other windows. UserError where the blocks do not run once each and in order, hand
+        each other more than the hidden state, or give NaN or infinite values.
         """
         if windows.ndim != 2 or not windows.numel():
             raise UserError(f"the windows are {list(windows.shape)}; at least one window of tokens [n, T] is needed.")
         self._model, self._windows = model, windows
         self.enter = enter or (lambda index: nullcontext())
         _, self._blocks = find_blocks(model)
-        self._outputs: list[_Output] = []
-        if known is None:
+        self.forms: list[_Output] = forms or []
+        if not forms:
             self._learn(windows[:1, :SHORT])
-        else:
-            self._outputs = known._outputs
         self._fixed = True
         self._known: dict[int, list[Arguments]] = {}
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}
@@ -201,7 +199,7 @@ class Calls:
             with self.enter(index):
                 output = run(hidden)
                 real.append(hidden_of(output, hidden.shape))
-                self._outputs.append(_structure(output, real[-1]))
+                self.forms.append(_structure(output, real[-1]))
                 if not real[-1].isfinite().all():
                     raise UserError(
                         f"{type(self._model).__name__} computes NaN or infinite activations as {hidden.dtype}; "
@@ -226,7 +224,7 @@ class Calls:
 
     def _as_output(self, index: int, hidden: Tensor) -> Any:
         """`hidden` in the form in which block `index` returns it."""
-        structure = self._outputs[index]
+        structure = self.forms[index]
         if structure is None:
             return hidden
         items, position = structure

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perp.activations import to_memory
+from perp.activations import InMemory
 from perp.errors import UserError
 from perp.loss import Head, PartLoss
 from perp.progress import Progress, Silent
 
 
 class Teacher:
-    """The dense model's hidden states before its head, [1, T, H] in its dtype, in CPU memory, by window number."""
+    """The dense model's hidden states before its head, [1, T, H] in its dtype, by window number."""
 
     @torch.no_grad()
     def __init__(
@@ -37,23 +37,41 @@ class Teacher:
     ) -> None:
         """Run `dense` on `windows`, token ids int64 [n, T]: on those given by `numbers`, or on all.
 
-        UserError where the model's head cannot be run apart from its decoder.
+        The states are kept in CPU memory. UserError where the model's head cannot be run apart from its decoder.
         """
+        progress = progress or Silent()
+        head = separate_head(dense.eval())
+        states = InMemory()
+        self._keep(sorted(set(range(len(windows)) if numbers is None else numbers)), states, weight, temperature)
+        progress.stage("dense model's states", len(self._at))
+        for number in self._at:
+            states.append(head.states(windows[number][None].to(dense.device)))
+            progress.unit(f"window {number}")
+        progress.done()
+
+    @classmethod
+    def of(
+        cls, numbers: Sequence[int], states: Sequence[Tensor], weight: float = 0.5, temperature: float = 1.0
+    ) -> Teacher:
+        """The teacher whose states of the windows `numbers` are these, in that order, wherever they are kept."""
+        made = cls.__new__(cls)
+        made._keep(numbers, states, weight, temperature)
+        return made
+
+    def _keep(self, numbers: Sequence[int], states: Sequence[Tensor], weight: float, temperature: float) -> None:
         check(weight, temperature)
         if not weight:
             raise UserError("a teacher of weight 0 teaches nothing; give it a weight above 0.")
-        progress = progress or Silent()
-        head = Head(dense.eval())
-        if not head.apart:
-            raise UserError(f"the head of {type(dense).__name__} cannot be run apart; retrain it without --distil.")
         self.weight, self.temperature = weight, temperature
-        self.states: dict[int, Tensor] = {}
-        chosen = sorted(set(range(len(windows)) if numbers is None else numbers))
-        progress.stage("dense model's states", len(chosen))
-        for number in chosen:
-            self.states[number] = to_memory(head.states(windows[number][None].to(dense.device)))
-            progress.unit(f"window {number}")
-        progress.done()
+        self._at = {number: place for place, number in enumerate(numbers)}
+        self._states = states
+
+    def states(self, numbers: Sequence[int]) -> Tensor:
+        """Of these windows [n, T, H]; UserError for one that it has not seen, or for none."""
+        missing = [number for number in numbers if number not in self._at]
+        if missing or not numbers:
+            raise UserError(f"the teacher has not seen window {missing[:1]}; make it for all windows trained on.")
+        return torch.cat([self._states[self._at[number]] for number in numbers])
 
     def lesson(self, head: Head, trained: Sequence[nn.Parameter]) -> Lesson:
         """What `perp.loss.WindowLoss` needs to teach a model with that head, of which `trained` will move."""
@@ -70,10 +88,7 @@ class Lesson:
 
     def mixed(self, loss: PartLoss, numbers: Sequence[int]) -> PartLoss:
         """`loss` mixed with the divergence from the teacher on the windows `numbers`."""
-        missing = [number for number in numbers if number not in self.teacher.states]
-        if missing or not numbers:
-            raise UserError(f"the teacher has not seen window {missing[:1]}; make it for all windows trained on.")
-        states = torch.cat([self.teacher.states[number] for number in numbers])[:, :-1].flatten(0, 1)
+        states = self.teacher.states(numbers)[:, :-1].flatten(0, 1)
         w, t = self.teacher.weight, self.teacher.temperature
 
         def both(logits: Tensor, start: int, stop: int) -> Tensor:
@@ -96,6 +111,14 @@ class Lesson:
         finally:
             for parameter, own in zip(self.trained, moved, strict=True):
                 parameter.data = own
+
+
+def separate_head(dense: Any) -> Head:
+    """The head of the dense model; UserError where it cannot be run apart from its decoder."""
+    head = Head(dense)
+    if not head.apart:
+        raise UserError(f"the head of {type(dense).__name__} cannot be run apart; retrain it without --distil.")
+    return head
 
 
 def check(weight: float, temperature: float) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from perp import data, distributed, machine, manifest, record, report
@@ -22,13 +23,14 @@ from perp.distil import Teacher
 from perp.errors import UserError
 from perp.evaluate import window_length
 from perp.finished import Finished
-from perp.iterate import schedule
+from perp.iterate import divided, schedule
 from perp.plan import Plan
 from perp.progress import Progress
 from perp.prune import Pruned, prune_model
 from perp.reconstruct import ReconstructSettings
 from perp.report import Report, Row
 from perp.residence import Residence
+from perp.retrain import RetrainSettings, drawn
 from perp.settings import RunSettings
 from perp.texts import Texts
 from perp_kernels import Pattern
@@ -93,6 +95,17 @@ class Job:
         """What of a unit is trained: of a single matrix no norms, which it does not have."""
         return set(self.job.reconstruct_parts) - ({"norms"} if self.job.reconstruct == "matrix" else set())
 
+    @property
+    def trainings(self) -> list[RetrainSettings]:
+        """The retraining of each cycle."""
+        settings = self.job.for_retrain
+        return divided(settings, self.job.cycles) if settings else []
+
+    def drawn(self) -> list[int]:
+        """The training windows that retraining will draw on this rank, all cycles together; some more than once."""
+        orders = [drawn(len(self.training), settings) for settings in self.trainings]
+        return torch.cat([distributed.part(numbers) for order in orders for numbers in order]).tolist()
+
     def load(self) -> None:
         """The dense model, from its files again."""
         raise NotImplementedError
@@ -120,10 +133,12 @@ class Job:
         raise NotImplementedError
 
     def teacher(self) -> Teacher | None:
-        return None
+        """What distillation needs of the dense model, which is the one loaded; None where that is to be had later."""
+        raise NotImplementedError
 
     def cycles(self, patterns: list[Pattern], teacher: Teacher | None) -> None:
         """All cycles of an iterative pruning but the last."""
+        raise NotImplementedError
 
     def dense_retrained(self) -> Row:
         """The row of the dense model trained the same way."""

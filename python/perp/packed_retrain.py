@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from perp import head, machine, manifest, packed_model, streamed_save
 from perp.adapters import merge
+from perp.distil import Teacher
 from perp.errors import UserError
 from perp.experts import opened
 from perp.files import commit, writing
@@ -45,24 +46,24 @@ def retrain(
     settings: RetrainSettings,
     progress: Progress,
     offload: bool = False,
+    teacher: Callable[[], Teacher | None] = lambda: None,
 ) -> tuple[int, int]:
     """Train the model whose blocks are finished in `before`, and finish them in `stage`.
 
     `windows`: token ids, int64 [n, T]. What trained outside the blocks is kept in the stage, and put in place: see
     `adopt_outside`. An earlier process's steps and blocks are gone on from. `offload`: packed weights wait in memory
-    and are on the device two blocks at a time (`perp.offload`). Returns how many parameters were trained, and how many
-    there are.
+    and are on the device two blocks at a time (`perp.offload`). `teacher` gives the one of `settings.distil`, and is
+    asked only if there is something to train. Returns how many parameters were trained, and how many there are.
     """
     base, count = stage.directory / "base", len(stream.blocks)
-    outside = stage.directory / _OUTSIDE
-    if not (outside.exists() and all(map(stage.has_block, range(count)))):
+    if not ended(stream, stage):
         # Without checkpoints the graph would hold on to every block that was brought.
         offload = offload and settings.checkpointing and stream.model.supports_gradient_checkpointing
         model = _packed(stream, before, tokenizer, base, settings, "cpu" if offload else str(stream.device))
         machine.trim()
         waiting = Offload(model, model.get_submodule(stream.prefix), stream.device) if offload else None
         with waiting.running() if waiting else nullcontext():
-            train(model, windows, settings, progress, checkpoint=stage.training)
+            train(model, windows, settings, progress, teacher(), checkpoint=stage.training)
         machine.trim()
         trained = count_trainable(model)
         names = [name for name, weight in model.named_parameters() if weight.requires_grad]
@@ -70,7 +71,7 @@ def retrain(
         if waiting:
             waiting.merge()
         own += [f"{name}.weight" for name in merge(model) if not _inside(stream, name)]
-        _write({name: model.get_parameter(name) for name in own}, outside, trained)
+        _write({name: model.get_parameter(name) for name in own}, stage.directory / _OUTSIDE, trained)
         with opened(stream.model), stream.reading(before.tensors):
             for index in range(count):
                 if not stage.has_block(index):
@@ -78,6 +79,11 @@ def retrain(
         del model
     shutil.rmtree(base, ignore_errors=True)
     return adopt_outside(stream, stage)
+
+
+def ended(stream: Stream, stage: Finished) -> bool:
+    """Whether an earlier process has finished in `stage` all that `retrain` leaves there."""
+    return (stage.directory / _OUTSIDE).exists() and all(map(stage.has_block, range(len(stream.blocks))))
 
 
 def adopt_outside(stream: Stream, stage: Finished) -> tuple[int, int]:

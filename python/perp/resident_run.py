@@ -17,7 +17,7 @@ from perp.blocks import all_prunable, find_blocks
 from perp.distil import Teacher
 from perp.evaluate import perplexity
 from perp.finished import Finished
-from perp.iterate import divided, prune_retrain
+from perp.iterate import prune_retrain
 from perp.job import Job, count_kept
 from perp.linear import SparseLinear, swap_linears, unswap
 from perp.modes import MODES
@@ -25,7 +25,7 @@ from perp.parts import adapter_mode, count_trainable, select_trainable
 from perp.prune import Pruned
 from perp.report import Row
 from perp.residence import Recorded, Resident
-from perp.retrain import RetrainSettings, drawn, retrain
+from perp.retrain import RetrainSettings, retrain
 from perp_kernels import Pattern
 
 
@@ -80,16 +80,10 @@ class ResidentJob(Job):
         settings = self.job.for_retrain
         if settings is None or not settings.distil:
             return None
-        orders = [drawn(len(self.training), training) for training in self.trainings]
-        numbers = torch.cat([distributed.part(numbers) for order in orders for numbers in order]).tolist()
         with precision.narrowed(self.model, precision.get(settings.precision)):
-            return Teacher(self.model, self.training, numbers, settings.distil, settings.temperature, self.progress)
-
-    @property
-    def trainings(self) -> list[RetrainSettings]:
-        """The retraining of each cycle."""
-        settings = self.job.for_retrain
-        return divided(settings, self.job.cycles) if settings else []
+            return Teacher(
+                self.model, self.training, self.drawn(), settings.distil, settings.temperature, self.progress
+            )
 
     def cycles(self, patterns: list[Pattern], teacher: Teacher | None) -> None:
         job = self.job

@@ -231,8 +231,6 @@ def check_streamed(job: RunSettings) -> None:
     inexact = {name for name, mode in MODES.items() if not mode.exact}
     for refused, what in (
         (job.retrain and "dense-retrained" in job.compare, "retrain the dense model; leave dense-retrained out"),
-        (job.cycles > 1, "prune in cycles; pass --cycles 1"),
-        (bool(job.retrain) and job.distil > 0, "distil, which needs the dense model beside it; pass --distil 0"),
         (bool(inexact & set(job.retrain)), "retrain adapters that lose something when merged; retrain mask_lora"),
         (bool({"kept", "full"} & set(job.retrain)), "retrain all weights; retrain mask_lora, norms, biases or head"),
     ):

@@ -68,14 +68,15 @@ class Stream:
                 self._own.setdefault(number, []).append(key)
         self._source: Source = self._from_shards
         self._checked: set[int] = set()
-        self._known: Calls | None = None
+        self._forms: list[Any] | None = None
         self._shells: dict[int, Any] = {}
         self._ahead = Ahead(self.device) if ahead else None
 
     def calls(self, windows: Tensor, states: Callable[[], MutableSequence[Tensor]] = InMemory) -> Calls:
         """What the blocks are called with for these windows; the first call reads every block once."""
-        self._known = Calls(self.model, windows, self.enter, states, self._known)
-        return self._known
+        calls = Calls(self.model, windows, self.enter, states, self._forms)
+        self._forms = calls.forms
+        return calls
 
     @contextmanager
     def enter(self, index: int) -> Iterator[None]:

@@ -131,7 +131,7 @@ def units(
                 yield index, [whole(block, f"{prefix}.{index}")]
         return
     probe = torch.arange(PROBE)[None] if windows is None else windows[:1, :PROBE]
-    calls = Calls(source, probe, enter, known=calls)
+    calls = Calls(source, probe, enter, forms=calls.forms if calls else None)
     warned = False
     for index, block in enumerate(blocks):
         with enter(index):
