@@ -30,12 +30,25 @@ from rich.console import Console
 from bench import device, machine, registry, results, table
 
 TESTS = machine.ROOT / "tests" / "perp_kernels" / "triton" / "kernels"
+STREAMED = "../../../perp/test_streamed_device.py"
 MINUTES = 9.0
 SANITIZER_SECONDS = 150.0
 WIDTH = 200
 
-# Of a whole model, measured by a program of its own.
-MODEL = "prune_model"
+# Of whole models, measured by programs of their own.
+MODEL, STREAM = "prune_model", "stream"
+# What a model that streams is pruned, fitted and retrained with.
+STREAMS = (
+    "gram_",
+    "select",
+    "wanda_select",
+    "sparsegpt",
+    "sparsegpt_block_",
+    "unpack",
+    "sparse_linear",
+    "masked_lora_linear",
+    "add_lowrank_",
+)
 
 PASSED, FAILED, ABSENT = "passed", "FAILED", "not run"
 
@@ -59,8 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.on_gpu() and not torch.cuda.is_available():
         print("there is no GPU that torch sees: run this where there is one.", file=sys.stderr)
         return 2
-    gpu_tests = {name: op.gpu_tests for name, op in registry.load().items() if op.gpu_cases}
-    gpu_tests[MODEL] = tuple(dict.fromkeys([*gpu_tests["gram_"], *gpu_tests["sparsegpt"]]))
+    gpu_tests = tests_of_all()
     chosen = _named(options.ops, gpu_tests)
     if chosen is None:
         print(f"there is no op among {options.ops!r}: choose of {', '.join(gpu_tests)}.", file=sys.stderr)
@@ -70,6 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * options.minutes * (1 if options.ops else len(chosen))
     outcomes = {name: _run(name, gpu_tests[name], out, deadline) for name in chosen}
     return _report(outcomes, out)
+
+
+def tests_of_all() -> dict[str, tuple[str, ...]]:
+    """What can be measured, with the test files that gate it."""
+    found = {name: op.gpu_tests for name, op in registry.load().items() if op.gpu_cases}
+
+    def together(*ops: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(test for op in ops for test in found[op]))
+
+    return {**found, MODEL: together("gram_", "sparsegpt"), STREAM: (*together(*STREAMS), STREAMED)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,21 +131,31 @@ def _run(name: str, tests: tuple[str, ...], out: Path, deadline: float) -> Outco
     outcome = Outcome()
     if device.on_gpu():
         outcome.tests = _tests(tests, deadline)
-        outcome.memory_check = _memory_check(tests, deadline) if outcome.tests == PASSED else ABSENT
+        # The rows of streaming need the minutes; its kernels are checked with their ops.
+        checked = outcome.tests == PASSED and name != STREAM
+        outcome.memory_check = _memory_check(tests, deadline) if checked else ABSENT
     verified = outcome.tests == PASSED and outcome.memory_check != FAILED
     left = deadline - time.monotonic()
     if left < 20:
         return outcome
-    command = [sys.executable, "-m", "bench.model" if name == MODEL else "bench"]
-    command += ["--device", device.current().type, "--out", str(out), *(["--tests-passed"] if verified else [])]
-    if name == MODEL:
-        command += [] if device.on_gpu() else ["--size", "tiny"]
-    else:
-        # The case in hand when the time is up is still finished.
-        command += ["--op", name, "--seconds", str(left - 30)]
-        command += [] if device.on_gpu() else ["--gpu-cases", "--quick"]
+    command = [sys.executable, "-m", *_program(name, left), "--out", str(out)]
+    command += ["--tests-passed"] if verified else []
     outcome.benchmark = _step(command, left, {})
     return outcome
+
+
+def _program(name: str, seconds: float) -> list[str]:
+    """What measures an op or a whole model in so many seconds; rehearsed, at the smallest shapes."""
+    on_gpu = device.on_gpu()
+    if name == STREAM:
+        # What it has to import, and a model that is being written when the time is up.
+        size = ["--seconds", str(seconds - 40)] if on_gpu else ["--size", "tiny"]
+        return ["bench.streaming", "--rows", "gpu", *size]
+    if name == MODEL:
+        return ["bench.model", "--device", device.current().type, *([] if on_gpu else ["--size", "tiny"])]
+    # The case in hand when the time is up is still finished.
+    own = ["bench", "--device", device.current().type, "--op", name, "--seconds", str(seconds - 30)]
+    return [*own, *([] if on_gpu else ["--gpu-cases", "--quick"])]
 
 
 @cache

@@ -17,7 +17,7 @@ _WHAT = {
     ("", "bytes"): "extra memory over eight chained layers",
     ("plan", "s"): "seconds planned (ours) and taken",
     ("plan", "bytes"): "memory planned (ours) and taken",
-    ("stream", "bytes"): "peak memory beyond the imports",
+    ("stream", "bytes"): "peak memory, of a GPU what torch allocates, else beyond the imports",
     ("generate", "bytes"): "resident memory above the imports and the tokenizer",
 }
 """What a table shows by op and unit; the op "" is any other."""

@@ -30,6 +30,21 @@ def test_a_rehearsal_writes_rows_that_are_not_verified(tmp_path: Path, capfd: py
     assert "tests not run, memory check not run, benchmark passed, 1 rows" in printed
 
 
+def test_the_rows_of_streaming_are_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    out = tmp_path / "rows.json"
+    assert gpu.main(["--device", "cpu", "--ops", "stream", "--out", str(out)]) == 0
+    rows = results.read(out)
+    assert sorted(row.unit for row in rows) == ["bytes"] * 5 + ["s", "tokens/s"]
+    assert all("(tiny)" in row.shape and row.ours > 0 for row in rows)
+    assert not any(row.verified or row.target for row in rows)
+    assert [row.better for row in rows if row.unit == "tokens/s"] == ["higher"]
+    assert "stream: tests not run, memory check not run, benchmark passed, 7 rows" in capfd.readouterr().out
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != out]
+
+
 @GPU
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--ops", "gram"]) == 2
