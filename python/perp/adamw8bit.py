@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -28,6 +29,8 @@ def load() -> tuple[Any, Any]:
         from torchao.optim.subclass_8bit import OptimState8bit as Moment
     except ImportError as error:
         raise UserError("the optimizer adamw8bit needs torchao: pip install 'perp[adamw8bit]'.") from error
+    # Where it is compiled, torch tells that its cache will not keep the result.
+    warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash")
     return Optimiser, Moment
 
 
