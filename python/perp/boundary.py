@@ -62,6 +62,9 @@ def process() -> Iterator[None]:
     # Every retry of an unreachable hub is a line of its log; the sentence at the end says it once. By environment,
     # since the library sets its logger's level when it is imported, which is later.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # transformers imports torchao wherever that is, which warns of kernels that the machine cannot load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     except KeyboardInterrupt as interrupt:

@@ -26,6 +26,7 @@ _EXTRAS = (
     ("pyarrow", "text from .parquet files", "pip install 'perp[data]'"),
     ("datasets", "text from data set names", "pip install 'perp[data]'"),
     ("lm_eval", "perp eval --tasks", "pip install 'perp[tasks]'"),
+    ("torchao", "--optimizer adamw8bit", "pip install 'perp[adamw8bit]'"),
 )
 
 

@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perp import distributed
+from perp import adamw8bit, distributed
 from perp.errors import UserError
+
+# How the moments are held: fp32, or 8 bits (`perp.adamw8bit`).
+OPTIMIZERS = ("adamw", "adamw8bit")
 
 # float16 gradients below 6e-8 vanish; from 2^16 on down, the first steps find the largest scale that does not overflow.
 INITIAL_LOSS_SCALE = 2.0**16
+
+
+def check(optimizer: str) -> None:
+    """UserError for an optimiser that is not known, or whose library is missing."""
+    if optimizer not in OPTIMIZERS:
+        raise UserError(f"{optimizer!r} is not an optimizer; choose one of {', '.join(OPTIMIZERS)}.")
+    if optimizer == "adamw8bit":
+        adamw8bit.load()
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: float = 0.1) -> float:
@@ -35,6 +46,7 @@ class AdamW:
     16-bit parameters are trained through fp32 copies: gradients are added up in fp32, moments and update are fp32, and
     the parameter is the rounded copy; `masters` gives that copy where there is one already. For float16 activations
     (`dtype`) the loss is scaled; a step whose gradients overflow is computed again at half the scale, so none is lost.
+    `optimizer`: one of `OPTIMIZERS`.
     """
 
     def __init__(
@@ -45,6 +57,7 @@ class AdamW:
         warmup: float = 0.1,
         dtype: torch.dtype = torch.float32,
         masters: Mapping[nn.Parameter, Tensor] | None = None,
+        optimizer: str = "adamw",
     ) -> None:
         self.parameters = list(parameters)
         if not self.parameters:
@@ -55,6 +68,7 @@ class AdamW:
             raise UserError(f"the warm-up share is {warmup}; it must be at least 0 and less than 1.")
         if steps < 1:
             raise UserError(f"the number of steps is {steps}; it must be at least 1.")
+        check(optimizer)
         self.lr, self.steps, self.warmup = lr, steps, warmup
         self.taken = 0
         self.scale = INITIAL_LOSS_SCALE if dtype == torch.float16 else 1.0
@@ -62,7 +76,11 @@ class AdamW:
             parameter.grad = None
         known = masters or {}
         self.masters = [known.get(p, p.detach().float() if p.dtype.itemsize < 4 else p) for p in self.parameters]
-        self.adam = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0)
+        self.adam: Any = (
+            torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0)
+            if optimizer == "adamw"
+            else adamw8bit.AdamW8bit(self.masters, lr)
+        )
 
     def step(self, losses: Sequence[Callable[[], Tensor]]) -> float:
         """Take one step on the sum of the losses, those of all ranks, and return that sum.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perp import adapters, distil, distributed, head, parts, precision
+from perp import adapters, distil, distributed, head, optim, parts, precision
 from perp.distil import Teacher
 from perp.errors import UserError
 from perp.loss import WindowLoss
@@ -31,7 +31,8 @@ class RetrainSettings:
     `micro_batch` at a time, with the same gradient. `checkpointing` recomputes each block's activations in the backward
     pass instead of keeping them, where the model offers it. `seed` draws the order of the windows, the adapters' start
     and, where the model has it, dropout. `distil` and `temperature`: the weight of the dense model's predictions in the
-    loss and the temperature of both (`perp.distil`). `precision`: "model" or "bf16" (`perp.precision`). `shard`: of the
+    loss and the temperature of both (`perp.distil`). `optimizer`: "adamw" or, with moments of 8 bits, "adamw8bit"
+    (`perp.adamw8bit`). `precision`: "model" or "bf16" (`perp.precision`). `shard`: of the
     blocks' frozen weights each rank holds a part (`perp.sharded`).
     """
 
@@ -47,6 +48,7 @@ class RetrainSettings:
     micro_batch: int = 1
     distil: float = 0.0
     temperature: float = 1.0
+    optimizer: str = "adamw"
     precision: str = "model"
     shard: bool = False
 
@@ -54,6 +56,7 @@ class RetrainSettings:
         parts.check(self.parts)
         distil.check(self.distil, self.temperature)
         precision.get(self.precision)
+        optim.check(self.optimizer)
 
     @property
     def rate(self) -> float:
@@ -98,7 +101,9 @@ def retrain(
         _training(model, settings.checkpointing, settings.seed),
         sharded(model, settings.shard),
     ):
-        optimiser = AdamW(parameters, settings.rate, settings.steps, settings.warmup, model.dtype, masters)
+        optimiser = AdamW(
+            parameters, settings.rate, settings.steps, settings.warmup, model.dtype, masters, settings.optimizer
+        )
         loss = WindowLoss(model, teacher if settings.distil else None)
         if saved:
             losses = saved.resume(optimiser)

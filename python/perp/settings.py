@@ -13,6 +13,7 @@ from perp.errors import UserError
 from perp.granularity import Granularity
 from perp.iterate import divided, schedule
 from perp.modes import MODES
+from perp.optim import OPTIMIZERS
 from perp.parts import PARTS, UNIT_PARTS
 from perp.reconstruct import ReconstructSettings
 from perp.refine import METHODS as REFINE
@@ -39,13 +40,14 @@ class RunSettings:
     retraining. `reconstruct` is the unit of reconstruction (`perp.granularity`) or "none"; `inputs`, `targets`, `loss`
     are those of `ReconstructSettings`. `retrain` names the parts trained on the language-model loss (empty: none);
     `compare` the further lines measured: "pruned" (no recovery) and "dense-retrained" (the dense model trained on the
-    same text). Learning rates left at None are those that suit the parts. `distil`, `temperature` and `shard` are those
-    of `RetrainSettings`, `precision` that of both kinds of training; `keep_adapters` saves adapters that do not merge
-    (lora) beside the pruned model. `data` is judged on its test part, `eval_data` whole. `calibration` draws windows of
-    the "joined" text, or of single "documents" that are longer (`perp.data.document_windows`). `overwrite` replaces
-    what is in `out`, also an unfinished run, which otherwise is gone on with (`perp.record`). `packed` writes the
-    packed file beside the plain model. `stream` keeps one block at a time in memory (`perp.streamed_run`); None leaves
-    it to the plan, by the memory that may be used: `gpu_memory`, `cpu_memory` such as "20GB" (None: what is free).
+    same text). Learning rates left at None are those that suit the parts. `distil`, `temperature`, `optimizer` and
+    `shard` are those of `RetrainSettings`, `precision` that of both kinds of training; `keep_adapters` saves adapters
+    that do not merge (lora) beside the pruned model. `data` is judged on its test part, `eval_data` whole.
+    `calibration` draws windows of the "joined" text, or of single "documents" that are longer
+    (`perp.data.document_windows`). `overwrite` replaces what is in `out`, also an unfinished run, which otherwise is
+    gone on with (`perp.record`). `packed` writes the packed file beside the plain model. `stream` keeps one block at a
+    time in memory (`perp.streamed_run`); None leaves it to the plan, by the memory that may be used: `gpu_memory`,
+    `cpu_memory` such as "20GB" (None: what is free).
     """
 
     model: str
@@ -73,6 +75,7 @@ class RunSettings:
     checkpointing: bool = True
     distil: float = 0.0
     temperature: float = 1.0
+    optimizer: str = "adamw"
     precision: str = "model"
     shard: bool = False
     keep_adapters: bool = False
@@ -137,6 +140,7 @@ class RunSettings:
             checkpointing=self.checkpointing,
             distil=self.distil,
             temperature=self.temperature,
+            optimizer=self.optimizer,
             precision=self.precision,
             shard=self.shard,
             r=self.rank,
@@ -162,6 +166,7 @@ def check(settings: RunSettings, weights: bool = True) -> Pattern:
         ("refine", [settings.refine], ("none", *REFINE)),
         ("reconstruct parts", settings.reconstruct_parts, UNIT_PARTS),
         ("retrain", settings.retrain, PARTS),
+        ("optimizer", [settings.optimizer], OPTIMIZERS),
         ("compare", settings.compare, COMPARE),
         ("calibration", [settings.calibration], CALIBRATION),
     ):

@@ -177,6 +177,15 @@ def settings_of(
     temperature: Annotated[
         float, option("--temperature", help="Temperature of both in distillation.", panel=RECOVERY, metavar="T")
     ] = 1.0,
+    optimizer: Annotated[
+        str,
+        option(
+            "--optimizer",
+            help="AdamW of retraining: adamw, or adamw8bit, whose moments take 2 bytes a trained number instead of 8.",
+            panel=RECOVERY,
+            metavar="NAME",
+        ),
+    ] = "adamw",
     precision: Annotated[
         str,
         option(
@@ -292,6 +301,7 @@ def settings_of(
         checkpointing=checkpointing,
         distil=distil,
         temperature=temperature,
+        optimizer=optimizer,
         precision=precision,
         shard=shard,
         keep_adapters=keep_adapters,
