@@ -32,8 +32,8 @@ class RetrainSettings:
     pass instead of keeping them, where the model offers it. `seed` draws the order of the windows, the adapters' start
     and, where the model has it, dropout. `distil` and `temperature`: the weight of the dense model's predictions in the
     loss and the temperature of both (`perp.distil`). `optimizer`: "adamw" or, with moments of 8 bits, "adamw8bit"
-    (`perp.adamw8bit`). `precision`: "model" or "bf16" (`perp.precision`). `shard`: of the
-    blocks' frozen weights each rank holds a part (`perp.sharded`).
+    (`perp.adamw8bit`). `precision`: "model" or "bf16" (`perp.precision`). `shard`: of the blocks' frozen weights each
+    rank holds a part (`perp.sharded`).
     """
 
     parts: Collection[str] = ("mask_lora", "norms")
