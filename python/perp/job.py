@@ -45,8 +45,11 @@ class Cost:
 class Job:
     """The model is dense when it is loaded. Each stage writes what it has finished, and is gone on with from there.
 
-    `made`: the blocks and units that this process has finished.
+    `made`: the blocks and units that this process has finished; `taught`: the teacher of all retraining, None without
+    distillation.
     """
+
+    taught: Teacher | None
 
     def __init__(self, job: RunSettings, pattern: Pattern, texts: Texts, progress: Progress, plan: Plan) -> None:
         self.job, self.pattern, self.progress, self.identity = job, pattern, progress, texts.identity
@@ -132,11 +135,11 @@ class Job:
         """How many of the model's parameters reconstruction trains, a unit at a time, and how many there are."""
         raise NotImplementedError
 
-    def teacher(self) -> Teacher | None:
-        """What distillation needs of the dense model, which is the one loaded; None where that is to be had later."""
+    def prepare_teacher(self) -> None:
+        """Have ready what `taught` needs of the dense model, which is the one loaded; UserError where it has none."""
         raise NotImplementedError
 
-    def cycles(self, patterns: list[Pattern], teacher: Teacher | None) -> None:
+    def cycles(self, patterns: list[Pattern]) -> None:
         """All cycles of an iterative pruning but the last."""
         raise NotImplementedError
 
@@ -144,7 +147,7 @@ class Job:
         """The row of the dense model trained the same way."""
         raise NotImplementedError
 
-    def retrain(self, pruned: Finished, masks: Mapping[str, Tensor], teacher: Teacher | None) -> list[Row]:
+    def retrain(self, pruned: Finished, masks: Mapping[str, Tensor]) -> list[Row]:
         """Retrain what is finished in that stage."""
         raise NotImplementedError
 
@@ -154,18 +157,18 @@ class Job:
     def run(self, dense: Sequence[Row]) -> Report:
         job = self.job
         rows = self.comparison(dense)
-        teacher = self.teacher()
+        self.prepare_teacher()
         name = report.PRUNED if job.reconstruct == "none" else report.RECONSTRUCTED
         stage = self.stage(name)
         *earlier, pattern = schedule(self.pattern, job.cycles, job.schedule)
         with self.cost() as cost:
-            self.cycles(earlier, teacher)
+            self.cycles(earlier)
             pruned = self.prune(stage, job.for_reconstruct, pattern)
         masks = self.masks(stage, pruned)
         rows.append(self.known(name, partial(self.pruned_row, name, stage, cost, masks)))
         self.refined = {layer: dataclasses.asdict(found) for layer, found in pruned.refined.items()}
         if job.retrain:
-            rows += self.retrain(stage, masks, teacher)
+            rows += self.retrain(stage, masks)
         found = Report(job.title, rows)
         machine.trim()
         if distributed.leads():

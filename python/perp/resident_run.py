@@ -31,6 +31,7 @@ from perp_kernels import Pattern
 
 class ResidentJob(Job):
     adapters: dict[str, Adapter] | None = None
+    taught: Teacher | None = None
 
     def load(self) -> None:
         """The model before is released first."""
@@ -75,17 +76,17 @@ class ResidentJob(Job):
         unswap(self.model)
         return found
 
-    def teacher(self) -> Teacher | None:
-        """What the dense model, which is the one loaded, makes of the windows that retraining will draw."""
+    def prepare_teacher(self) -> None:
+        """Soon there will be no dense model any more."""
         settings = self.job.for_retrain
         if settings is None or not settings.distil:
-            return None
+            return
         with precision.narrowed(self.model, precision.get(settings.precision)):
-            return Teacher(
+            self.taught = Teacher(
                 self.model, self.training, self.drawn(), settings.distil, settings.temperature, self.progress
             )
 
-    def cycles(self, patterns: list[Pattern], teacher: Teacher | None) -> None:
+    def cycles(self, patterns: list[Pattern]) -> None:
         job = self.job
         if not patterns:
             return
@@ -100,7 +101,7 @@ class ResidentJob(Job):
             job.for_reconstruct,
             "block" if job.reconstruct == "none" else job.reconstruct,
             self.progress,
-            teacher,
+            self.taught,
             stages,
             refine=job.for_refine,
             refit=job.refit,
@@ -122,13 +123,13 @@ class ResidentJob(Job):
         self.load()
         return row
 
-    def retrain(self, pruned: Finished, masks: Mapping[str, Tensor], teacher: Teacher | None) -> list[Row]:
+    def retrain(self, pruned: Finished, masks: Mapping[str, Tensor]) -> list[Row]:
         """One row; before it, where the merge loses something (lora_prune), one of the model as it was trained."""
         settings = self.trainings[-1]
         mode = MODES.get(adapter_mode(settings.parts) or "")
         rows = []
         with self.cost() as cost:
-            trained = self.train(report.RETRAINED, masks, settings, teacher)
+            trained = self.train(report.RETRAINED, masks, settings, self.taught)
         if mode and not mode.exact:
             name = report.UNMERGED if mode.merge_ else report.RETRAINED
             rows.append(self.known(name, partial(self.row, name, cost, trained)))

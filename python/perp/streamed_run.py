@@ -62,22 +62,22 @@ class StreamedJob(Job):
     def reconstructed_count(self, masks: Mapping[str, Tensor]) -> tuple[int, int]:
         return trained_count(self.stream, masks, self.unit_parts, self.job.rank)
 
-    def teacher(self) -> None:
-        """The dense blocks can be read whenever they are wanted; UserError where that will be in vain."""
+    def prepare_teacher(self) -> None:
+        """The dense blocks can be read whenever they are wanted."""
         if self.job.retrain and self.job.distil:
             calls = self.stream.calls(self.training[:1, :2])
             with self.stream.rest_on_device(), calls.ended():
                 separate_head(self.stream.model)
 
     @cached_property
-    def taught(self) -> Teacher | None:
-        """The teacher of all cycles. Not made after a cycle that has trained something outside the blocks."""
+    def taught(self) -> Teacher | None:  # type: ignore[override]
+        """Made when it is first asked for, which is before a cycle trains something outside the blocks."""
         settings = self.job.for_retrain
         if settings is None or not settings.distil:
             return None
         return make_teacher(self.stream, self.training, self.drawn(), settings, self.place, self.progress)
 
-    def cycles(self, patterns: list[Pattern], teacher: Teacher | None) -> None:
+    def cycles(self, patterns: list[Pattern]) -> None:
         """A cycle's blocks are there until the next cycle has ended."""
         names = [(f"cycle-{number}", f"cycle-{number}-retrained") for number in range(1, len(patterns) + 1)]
         stages = [Finished(record.stage(self.job.out, name)) for _, name in names]
@@ -100,7 +100,7 @@ class StreamedJob(Job):
         with self.holding(self.source) if self.source else nullcontext():
             return super().prune(stage, reconstruct, pattern)
 
-    def retrain(self, pruned: Finished, masks: Mapping[str, Tensor], teacher: Teacher | None) -> list[Row]:
+    def retrain(self, pruned: Finished, masks: Mapping[str, Tensor]) -> list[Row]:
         stage = self.stage(report.RETRAINED)
         with self.cost() as cost:
             trained = self.train(pruned, stage, self.trainings[-1])
