@@ -13,7 +13,7 @@ from perp.workload import Shape, UnitShape, Work, shape_of
 
 from . import families
 
-RATES = Rates(1e12, 5e11, 4e11, 2e12, 3e12, 1e9, 1e9, 2e9, disk=1e9, build=0.1)
+RATES = Rates(1e12, 5e11, 4e11, 2e12, 3e12, 1e9, 1e9, 2e9, disk=1e9, lesson=8e11, teach=6e11, build=0.1)
 AMPLE = Budget(device=1 << 50, host=1 << 50, disk=1 << 50)
 # LLaMA-2-70B: 80 blocks of 8192, inner 28672, 8 groups of keys, vocabulary 32000.
 LARGE = LlamaConfig(
@@ -96,7 +96,7 @@ def test_seconds_are_products_over_rates():
     )
     assert pace.of_pruning(one, work, RATES, fitted=False) == pytest.approx(2 * once + 5000 / 1e9, rel=1e-9)
     assert pace.of_judging(one, work, RATES) == pytest.approx(5 * passed / 1e12 + 2 * 5 * 8 * 500 / 2e12, rel=1e-9)
-    trained = 14 * passed / 4e11 + 2.5 * 14 * 8 * 2 * 500 / 2e12 + 7 * 3 * 150 / 2e9
+    trained = 14 * passed / 4e11 + 14 * 8 * 2 * 500 / 8e11 + 7 * 3 * 150 / 2e9
     assert pace.of_retraining(one, work, RATES) == pytest.approx(trained, rel=1e-9)
 
 
