@@ -131,7 +131,7 @@ def predict(
     if work.taught:
         narrow = 0 if stream else footprint.of_narrowing(shape, work)
         working = footprint.of_forward(shape, work) + narrow
-        stages.append(stage("teach", working, taught, pace.of_teaching(shape, work, rates)))
+        stages.append(stage("dense states", working, taught, pace.of_teaching(shape, work, rates)))
     turns = [(share, bool(work.trained)) for share in work.earlier]
     turns += [(work.kept, bool(work.trained) and not turn) for turn in range(work.passes)]
     seconds = sum(pace.of_pruning(shape, replace(work, kept=share), rates, fitted) for share, fitted in turns)
@@ -183,6 +183,8 @@ def advice(shape: Shape, work: Work, rates: Rates, budget: Budget) -> str:
                 milder[f"--windows {work.windows // part}"] = replace(work, windows=work.windows // part, batch=1)
         milder["--reconstruct-parts mask_lora,norms"] = replace(work, batch=1, trained="mask_lora")
         milder["--reconstruct none"] = replace(work, trained=None)
+    if work.taught:
+        milder["--distil 0"] = replace(work, taught=0)
     for setting, other in milder.items():
         if choose(shape, other, rates, budget)[1]:
             return f"pass {setting}"
