@@ -195,6 +195,7 @@ SUBJECTS = {
     "bloom-cycles": Subject(
         _config(t.BloomConfig, hidden_size=512, n_layer=4, n_head=8, dtype="float32"),
         {"pattern": "0.6", "cycles": 2, "steps": 4, "batch": 1},
+        seen=True,
     ),
     "phi-bf16-streamed": Subject(
         _config(
@@ -206,5 +207,31 @@ SUBJECTS = {
             dtype="bfloat16",
         ),
         {"pattern": "0.5", "stream": True, "steps": 2, "batch": 1},
+        seen=True,
+    ),
+    "starcoder2-cycles": Subject(
+        _config(
+            t.Starcoder2Config,
+            hidden_size=576,
+            intermediate_size=2304,
+            num_hidden_layers=4,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            dtype="float32",
+        ),
+        {"pattern": "0.6", "cycles": 3, "schedule": "linear", "steps": 3, "batch": 1},
+    ),
+    "olmo2-bf16-streamed": Subject(
+        _config(
+            t.Olmo2Config,
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=3,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            tie_word_embeddings=False,
+            dtype="bfloat16",
+        ),
+        {"pattern": "2:4", "stream": True, "steps": 2, "batch": 1},
     ),
 }

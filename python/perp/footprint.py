@@ -9,8 +9,11 @@ from perp.workload import Shape, UnitShape, Work
 
 # Bytes of temporaries per element of the largest weight while its mask is chosen: fp32 scores and what ranks them.
 SELECT = 14
-# What a backward pass forms, as a share of what is kept for it: gradients of about half of the activations at a time.
+# What a backward pass forms where that is not known, as a share of what is kept for it: between 0.35 and 0.57 in seven
+# families.
 FORMED = 0.5
+# What a forward pass without gradients has in hand, as a share of what one with gradients keeps.
+FORWARD = 0.5
 # Tensors as large as a chunk of logits that are alive at once: judging (logits, fp32 and log-softmax), the step of the
 # cross-entropy (log-softmax and two gradients), and what the divergence from a teacher adds to that.
 JUDGED, STEP, TAUGHT = 2.5, 3, 3
@@ -48,7 +51,8 @@ def _fit(unit: UnitShape, shape: Shape, work: Work, stream: bool = True) -> int:
     share, wide = work.most_kept, 4 if shape.itemsize < 4 else 0
     kept = share * unit.weights
     packed = kept * shape.itemsize + unit.weights / 8
-    graph = (1 + FORMED) * _kept(unit, shape, work, work.batch * work.seqlen)
+    tokens = work.batch * work.seqlen
+    graph = _kept(unit, shape, work, tokens) + _formed(shape, work, tokens)
     masks = unit.weights if stream and not work.gpu else 0  # a byte each, in memory; the model's own count with it
     narrow = kept * 2 if work.narrow and not wide else 0
     if work.trained == "mask_lora":
@@ -78,7 +82,8 @@ def of_retraining(shape: Shape, work: Work, heap: bool = False) -> int:
     logits = (STEP + (TAUGHT if work.taught else 0) + shape.head_keeps) * each
     # Without checkpoints all graphs are there when the last block is gone back through; else one is made again.
     before = entering if work.checkpointing else shape.blocks * graph
-    again = (1 + FORMED) * graph if work.checkpointing else FORMED * graph
+    formed = narrowed * _formed(shape, work, work.seqlen)
+    again = graph + formed if work.checkpointing else formed
     alive = (8 + work.moments) * shape.blocks * adapters + before + max(logits, again)
     if heap and each < MAPPED:
         made = MADE + (MADE_TAUGHT if work.taught else 0) + MADE_KEPT * shape.head_keeps
@@ -100,7 +105,7 @@ def of_judging(shape: Shape, work: Work) -> int:
 
 def of_forward(shape: Shape, work: Work) -> int:
     """The activations that a window leaves behind it in the largest unit."""
-    return round(max(FORMED * _kept(unit, shape, work, work.seqlen) for unit in shape.units))
+    return round(max(FORWARD * _kept(unit, shape, work, work.seqlen) for unit in shape.units))
 
 
 def of_teacher(shape: Shape, work: Work, stream: bool) -> int:
@@ -119,8 +124,14 @@ def _kept(unit: UnitShape, shape: Shape, work: Work, tokens: int) -> float:
     own, whole = _through(unit), sum(map(_through, shape.units))
     if shape.graph is None or not whole:
         return float(tokens * shape.itemsize * own)
-    token, pair = shape.graph
-    return tokens * (token + pair * work.seqlen) * own / whole
+    return shape.graph.kept.at(tokens, work.seqlen) * own / whole
+
+
+def _formed(shape: Shape, work: Work, tokens: int) -> float:
+    """Bytes that the backward pass of a block has in hand at most, in whichever of its units."""
+    if shape.graph is None:
+        return FORMED * max((_kept(unit, shape, work, tokens) for unit in shape.units), default=0.0)
+    return shape.graph.formed.at(tokens, work.seqlen)
 
 
 def _through(unit: UnitShape) -> int:

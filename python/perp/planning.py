@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from perp import distributed, machine, models, pruners
 from perp.blocks import all_prunable
 from perp.granularity import Granularity
+from perp.graph import Graph
 from perp.iterate import schedule
 from perp.pace import Rates
 from perp.plan import Budget, Plan, advice, choose
@@ -104,7 +105,7 @@ def _together(shape: Shape, granularity: str) -> Shape:
     experts = tuple(size for unit in shape.units for size in unit.experts)
     used = max(unit.used for unit in shape.units)
     unit = UnitShape(linears * count, sum(unit.other for unit in shape.units) * count, experts * count, used)
-    graph = shape.graph and (shape.graph[0] * count, shape.graph[1] * count)
+    graph = shape.graph and Graph(shape.graph.kept.times(count), shape.graph.formed.times(count))
     return replace(shape, blocks=-(-shape.blocks // count), units=(unit,), graph=graph)
 
 

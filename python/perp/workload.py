@@ -11,6 +11,7 @@ from torch import nn
 
 from perp import experts, graph
 from perp.blocks import find_blocks
+from perp.graph import Graph
 
 # What the configurations of transformers call the number of experts that a token goes through.
 _USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
@@ -53,9 +54,9 @@ class UnitShape:
 class Shape:
     """A model: the units of its largest block, and the numbers in all blocks and in what is outside them.
 
-    `active`: of the numbers in all blocks, those that a token meets (None: all). `graph`: bytes that the largest block
-    keeps for its backward pass, for each token and for each pair of tokens of a window (None: not known). `head_keeps`:
-    how many tensors as large as the logits the head keeps beside those of the loss; soft-capping keeps one.
+    `active`: of the numbers in all blocks, those that a token meets (None: all). `graph`: of the largest block (None:
+    not known). `head_keeps`: how many tensors as large as the logits the head keeps for its backward pass, beside those
+    of the loss; soft-capping keeps one.
     """
 
     blocks: int
@@ -66,7 +67,7 @@ class Shape:
     vocabulary: int
     itemsize: int
     active: int | None = None
-    graph: tuple[float, float] | None = None
+    graph: Graph | None = None
     head_keeps: int = 0
 
     @property

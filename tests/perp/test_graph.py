@@ -82,7 +82,33 @@ def test_a_block_without_data_tells_what_one_with_data_keeps(family):
     given = {place(one) for one in tree_leaves(calls.arguments(0, [0])) if isinstance(one, torch.Tensor)}
     own = {place(weight) for weight in model.parameters()} | given
     actual = sum(size for number, (size, _) in kept.items() if number not in own)
-    assert told[0] * tokens + told[1] * tokens**2 == pytest.approx(actual, rel=0.1)
+    assert told.kept.at(tokens, tokens) == pytest.approx(actual, rel=0.1)
+
+
+def test_a_backward_pass_forms_what_it_is_told_to():
+    """A sigmoid that multiplies what it read: two products of the gradient are alive beside the one to be returned."""
+
+    class Block(torch.nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states * hidden_states.sigmoid() * 3
+
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, input_ids, use_cache):
+            return self.block(torch.zeros(1, input_ids.shape[1], 16))
+
+    decoder = Decoder()
+    model = torch.nn.Module()
+    model.dtype, model.device, model.get_decoder = torch.float32, torch.device("cpu"), lambda: decoder
+    found = graph.of_block(model, decoder.block)
+    state = 16 * 4
+    # Kept: the input, of which the block is given a view, and the sigmoid. Formed: the gradient handed in, that of the
+    # product, and the two that it becomes.
+    assert found.formed.token == pytest.approx(4 * state)
+    assert found.formed.pair == 0
 
 
 def test_experts_are_not_run_without_data():

@@ -147,7 +147,7 @@ def host(plan):
     return {stage.name: stage.host for stage in plan.stages}
 
 
-def mixture(used: int | None) -> Shape:
+def mixture(used: int) -> Shape:
     config = MixtralConfig(
         vocab_size=500,
         hidden_size=64,
@@ -162,7 +162,7 @@ def mixture(used: int | None) -> Shape:
 
 
 def test_of_eight_experts_two_compute_and_all_are_there():
-    two, every = mixture(2), mixture(None)
+    two, every = mixture(2), mixture(8)
     one_expert = 3 * 64 * 96
     attention = 4 * 64 * 64
     assert [unit.weights for unit in two.units] == [attention, 8 * one_expert]
@@ -193,6 +193,9 @@ def test_experts_in_a_list_are_experts_too():
     (unit,) = workload._units(Experts(), "block", 1)
     assert sorted(unit.experts) == [(4, 6, 8), (4, 8, 8), (4, 8, 8)]
     assert (unit.weights, unit.active, unit.other) == (4 * 176, 176, 4 * 22 + 32)
+    # Where the configuration does not say how many compute, all do.
+    (unit,) = workload._units(Experts(), "block", None)
+    assert unit.active == unit.weights
 
 
 @pytest.mark.parametrize("name", ["num_experts_per_tok", "moe_topk", "moe_k"])
