@@ -233,5 +233,6 @@ SUBJECTS = {
             dtype="bfloat16",
         ),
         {"pattern": "2:4", "stream": True, "steps": 2, "batch": 1},
+        seen=True,
     ),
 }

@@ -16,9 +16,8 @@ from perp.workload import Shape, Work
 
 # What is allocated beside the tensors counted here: code paths run for the first time, buffers of torch's products.
 OVERHEAD = 25_000_000
-# Where freed memory stays in the heap: what the windows and their making leave free there before the first stage, and
-# what the process takes for each byte in use after that.
-HOLES, HEAP = 25_000_000, 1.15
+# Where freed memory stays in the heap: what the windows and their making leave free there before the first stage.
+HOLES = 25_000_000
 # From so many bytes on, memory goes back at once (machine.give_back_memory). Less work is left alone: taking each block
 # of memory anew cost SmolLM2-135M 15 % of the time, to save 50 MB.
 GIVES_BACK = 150_000_000
@@ -106,8 +105,9 @@ def predict(
 
     gives_back = stream and OVERHEAD + pruning >= GIVES_BACK
 
-    def stage(name: str, working: int, waiting: int, seconds: float) -> Stage:
-        """`working`: beside the model, where it computes; `waiting`: hidden states, of windows or of the teacher."""
+    def stage(name: str, working: int, waiting: int, seconds: float, holes: int = 0) -> Stage:
+        """`working`: beside the model, where it computes; `waiting`: hidden states, of windows or of the teacher;
+        `holes`: what is free in the heap between what is in use."""
         device = host = 0
         resident = shape.block * shape.itemsize if stream else model
         if work.gpu:
@@ -118,7 +118,7 @@ def predict(
             device += waiting if activations == "device" else 0
         else:
             host = OVERHEAD + (0 if stream else whole)
-            host += working if gives_back else HOLES + round(HEAP * working)
+            host += working + (0 if gives_back else HOLES + holes)
         host += waiting if activations == "memory" else 0
         return Stage(name, device, host, disk + spilled, seconds)
 
@@ -135,12 +135,14 @@ def predict(
     turns = [(share, bool(work.trained)) for share in work.earlier]
     turns += [(work.kept, bool(work.trained) and not turn) for turn in range(work.passes)]
     seconds = sum(pace.of_pruning(shape, replace(work, kept=share), rates, fitted) for share, fitted in turns)
-    stages.append(stage("prune", pruning, held, seconds))
+    fits = work.epochs * -(-work.windows // work.batch) if work.trained else 0
+    stages.append(stage("prune", pruning, held, seconds, footprint.of_holes(shape, work, work.batch, fits)))
     if work.steps:
         seconds = work.trainings * pace.of_retraining(shape, work, rates)
         narrow = footprint.of_narrowing(shape, work, work.most_kept if stream else 1.0)
         working = footprint.of_retraining(shape, work, heap=not (work.gpu or gives_back)) + narrow
-        own = stage("retrain", working, taught, seconds)
+        passed = work.steps * work.step_batch
+        own = stage("retrain", working, taught, seconds, footprint.of_holes(shape, work, 1, passed))
         if stream:
             # The packed weights stay mapped from their file; or they are on the GPU, or two blocks of them.
             packed = round(shape.inside * (work.most_kept * shape.itemsize + 1 / 8)) if work.gpu else 0
