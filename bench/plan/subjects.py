@@ -118,6 +118,7 @@ SUBJECTS = {
             dtype="float32",
         ),
         {"pattern": "0.6", "method": "sparsegpt", "steps": 3, "batch": 1, "epochs": 2},
+        seen=True,
     ),
     "neox-parallel": Subject(
         _config(
@@ -130,6 +131,7 @@ SUBJECTS = {
             dtype="float32",
         ),
         {"pattern": "0.5", "steps": 2, "batch": 1, "compare": ("pruned", "dense-retrained")},
+        seen=True,
     ),
     "qwen3-bf16-streamed": Subject(
         _config(
@@ -144,6 +146,7 @@ SUBJECTS = {
             dtype="bfloat16",
         ),
         {"pattern": "2:4", "stream": True, "steps": 2, "batch": 1, "seqlen": 384, "windows": 2},
+        seen=True,
     ),
     "gemma2-adapters": Subject(
         _config(
@@ -158,5 +161,78 @@ SUBJECTS = {
             dtype="float32",
         ),
         {"pattern": "0.7", "reconstruct_parts": ("mask_lora", "norms"), "steps": 3, "batch": 1, "rank": 8},
+        seen=True,
+    ),
+    "mistral-best": Subject(
+        _config(
+            t.MistralConfig,
+            hidden_size=640,
+            intermediate_size=1792,
+            num_hidden_layers=4,
+            num_attention_heads=10,
+            num_key_value_heads=5,
+            sliding_window=128,
+            dtype="float32",
+        ),
+        {"pattern": "2:4", "method": "sparsegpt", "distil": 0.5, "precision": "bf16", "steps": 3, "batch": 2},
+    ),
+    "qwen2-moe": Subject(
+        _config(
+            t.Qwen2MoeConfig,
+            hidden_size=384,
+            intermediate_size=1024,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=768,
+            num_experts=8,
+            num_experts_per_tok=2,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            dtype="float32",
+        ),
+        {"pattern": "0.5", "steps": 3, "batch": 1},
+    ),
+    "bloom-cycles": Subject(
+        _config(t.BloomConfig, hidden_size=512, n_layer=4, n_head=8, dtype="float32"),
+        {"pattern": "0.6", "cycles": 2, "steps": 4, "batch": 1},
+        seen=True,
+    ),
+    "phi-bf16-streamed": Subject(
+        _config(
+            t.PhiConfig,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=3,
+            num_attention_heads=12,
+            dtype="bfloat16",
+        ),
+        {"pattern": "0.5", "stream": True, "steps": 2, "batch": 1},
+        seen=True,
+    ),
+    "starcoder2-cycles": Subject(
+        _config(
+            t.Starcoder2Config,
+            hidden_size=576,
+            intermediate_size=2304,
+            num_hidden_layers=4,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            dtype="float32",
+        ),
+        {"pattern": "0.6", "cycles": 3, "schedule": "linear", "steps": 3, "batch": 1},
+    ),
+    "olmo2-bf16-streamed": Subject(
+        _config(
+            t.Olmo2Config,
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=3,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            tie_word_embeddings=False,
+            dtype="bfloat16",
+        ),
+        {"pattern": "2:4", "stream": True, "steps": 2, "batch": 1},
+        seen=True,
     ),
 }

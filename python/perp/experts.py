@@ -136,6 +136,17 @@ def linears(block: nn.Module) -> dict[str, Any]:
     return found
 
 
+def listed(block: nn.Module) -> dict[str, int]:
+    """The linears of experts that are modules of a list, by name, with the number of experts they are one of."""
+    return {
+        f"{name}.{inner}": _count(module)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.ModuleList) and _count(module)
+        for inner, linear in module.named_modules()
+        if isinstance(linear, nn.Linear)
+    }
+
+
 def routers(block: nn.Module) -> list[nn.Module]:
     """Beside the experts, what holds a single matrix of no more outputs than there are experts.
 

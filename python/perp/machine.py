@@ -109,8 +109,13 @@ def give_back_memory() -> None:
 
 
 def trim() -> None:
-    """Give what is free in the heap back to the system, where the C library can."""
+    """Give what is free in the heap back to the system, where the C library can; garbage too."""
     gc.collect()
+    release()
+
+
+def release() -> None:
+    """Give what is free in the heap back to the system, where the C library can."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

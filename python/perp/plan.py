@@ -16,8 +16,8 @@ from perp.workload import Shape, Work
 
 # What is allocated beside the tensors counted here: code paths run for the first time, buffers of torch's products.
 OVERHEAD = 25_000_000
-# What a process takes for each byte in use where freed memory stays in the heap.
-HEAP = 1.5
+# Where freed memory stays in the heap: what the windows and their making leave free there before the first stage.
+HOLES = 25_000_000
 # From so many bytes on, memory goes back at once (machine.give_back_memory). Less work is left alone: taking each block
 # of memory anew cost SmolLM2-135M 15 % of the time, to save 50 MB.
 GIVES_BACK = 150_000_000
@@ -96,14 +96,18 @@ def predict(
     # Inputs and targets; each branch beyond the first has targets of its own.
     held = states * (2 if work.trained else 1)
     judged = work.judged * work.seqlen * shape.hidden * shape.itemsize if stream else 0
-    disk = model * (2 if work.packed else 1) + round(shape.inside / 8)
-    spilled = max(held, judged) if activations == "disk" else 0
-    pruning = footprint.of_pruning(shape, work)
+    taught = footprint.of_teacher(shape, work, stream)
+    # Each cycle before the last leaves its pruned blocks and, streamed, its retrained ones.
+    stages_kept = len(work.earlier) * (2 if stream else 1)
+    disk = model * ((2 if work.packed else 1) + stages_kept) + round(shape.inside / 8)
+    spilled = max(held, judged, taught) if activations == "disk" else 0
+    pruning = footprint.of_pruning(shape, work, stream)
 
     gives_back = stream and OVERHEAD + pruning >= GIVES_BACK
 
-    def stage(name: str, working: int, waiting: int, seconds: float) -> Stage:
-        """`working`: beside the model, where it computes; `waiting`: hidden states."""
+    def stage(name: str, working: int, waiting: int, seconds: float, holes: int = 0) -> Stage:
+        """`working`: beside the model, where it computes; `waiting`: hidden states, of windows or of the teacher;
+        `holes`: what is free in the heap between what is in use."""
         device = host = 0
         resident = shape.block * shape.itemsize if stream else model
         if work.gpu:
@@ -113,7 +117,8 @@ def predict(
             host = OVERHEAD + (shape.block if stream else shape.inside) + next_one
             device += waiting if activations == "device" else 0
         else:
-            host = OVERHEAD + (0 if stream else whole) + round((1 if gives_back else HEAP) * working)
+            host = OVERHEAD + (0 if stream else whole)
+            host += working + (0 if gives_back else HOLES + holes)
         host += waiting if activations == "memory" else 0
         return Stage(name, device, host, disk + spilled, seconds)
 
@@ -121,21 +126,33 @@ def predict(
     if work.judged:
         seconds = work.states * pace.of_judging(shape, work, rates)
         stages.append(stage("judge", footprint.of_judging(shape, work), judged, seconds))
-    seconds = sum(pace.of_pruning(shape, work, rates, bool(work.trained) and not turn) for turn in range(work.passes))
-    stages.append(stage("prune", pruning, held, seconds))
+    # The teacher's states wait from before the first pruning until the last step; streamed, they are made for that.
+    held += 0 if stream else taught
+    if work.taught:
+        narrow = 0 if stream else footprint.of_narrowing(shape, work)
+        working = footprint.of_forward(shape, work) + narrow
+        stages.append(stage("dense states", working, taught, pace.of_teaching(shape, work, rates)))
+    turns = [(share, bool(work.trained)) for share in work.earlier]
+    turns += [(work.kept, bool(work.trained) and not turn) for turn in range(work.passes)]
+    seconds = sum(pace.of_pruning(shape, replace(work, kept=share), rates, fitted) for share, fitted in turns)
+    fits = work.epochs * -(-work.windows // work.batch) if work.trained else 0
+    stages.append(stage("prune", pruning, held, seconds, footprint.of_holes(shape, work, work.batch, fits)))
     if work.steps:
         seconds = work.trainings * pace.of_retraining(shape, work, rates)
-        own = stage("retrain", footprint.of_retraining(shape, work), 0, seconds)
+        narrow = footprint.of_narrowing(shape, work, work.most_kept if stream else 1.0)
+        working = footprint.of_retraining(shape, work, heap=not (work.gpu or gives_back)) + narrow
+        passed = work.steps * work.step_batch
+        own = stage("retrain", working, taught, seconds, footprint.of_holes(shape, work, 1, passed))
         if stream:
             # The packed weights stay mapped from their file; or they are on the GPU, or two blocks of them.
-            packed = round(shape.inside * (work.kept * shape.itemsize + 1 / 8)) if work.gpu else 0
+            packed = round(shape.inside * (work.most_kept * shape.itemsize + 1 / 8)) if work.gpu else 0
             there = min(packed, 2 * round(packed / shape.inside * shape.block)) if offload else packed
             outside = shape.outside * shape.itemsize if work.gpu else 0
             own = replace(
                 own,
                 device=own.device + there + outside,
                 host=own.host + (packed if offload else 0),
-                disk=own.disk + round(shape.bytes * (work.kept + 1)),
+                disk=own.disk + round(shape.bytes * (work.most_kept + 1)),
             )
         stages.append(own)
     return Plan(stream, activations, tuple(stages), gives_back, ahead, offload)
@@ -168,6 +185,8 @@ def advice(shape: Shape, work: Work, rates: Rates, budget: Budget) -> str:
                 milder[f"--windows {work.windows // part}"] = replace(work, windows=work.windows // part, batch=1)
         milder["--reconstruct-parts mask_lora,norms"] = replace(work, batch=1, trained="mask_lora")
         milder["--reconstruct none"] = replace(work, trained=None)
+    if work.taught:
+        milder["--distil 0"] = replace(work, taught=0)
     for setting, other in milder.items():
         if choose(shape, other, rates, budget)[1]:
             return f"pass {setting}"

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perp import distributed, machine, models, pruners
 from perp.blocks import all_prunable
 from perp.granularity import Granularity
+from perp.graph import Graph
+from perp.iterate import schedule
 from perp.pace import Rates
 from perp.plan import Budget, Plan, advice, choose
 from perp.probe import measure
@@ -50,15 +55,16 @@ def plan_job(job: RunSettings, rates: Rates | None = None, dense: bool = False) 
     `dense`: the rows of the dense model are known, from an earlier job.
     """
     device = machine.find_device(job.device)
-    model = _bare_model(job.model, job.dtype, job.trust_remote_code)
     _, pattern = pruners.resolve(job.method, job.pattern)
-    for name, linear in all_prunable(model).items():
-        pattern.check(linear.in_features, name)
-    shape = _together(shape_of(model, job.reconstruct), job.reconstruct)
+    with _bare_model(job.model, job.dtype, job.trust_remote_code) as model:
+        for name, linear in all_prunable(model).items():
+            pattern.check(linear.in_features, name)
+        shape = _together(shape_of(model, job.reconstruct), job.reconstruct)
     work = work_of(job, device, dense)
     if rates is None:
         begun = time.thread_time()
-        _bare_model(job.model, job.dtype, job.trust_remote_code)
+        with torch.device("meta"):
+            _built(job.model, job.dtype, job.trust_remote_code)
         build = time.thread_time() - begun
         rates = replace(measure(job, shape, device), build=build)
     budget = budget_of(job, device)
@@ -70,12 +76,19 @@ def model_shape(
     name: str, dtype: str | None, trust_remote_code: bool = False, granularity: str = "half-block"
 ) -> Shape:
     """From the configuration alone: nothing of the weights is read."""
-    return _together(shape_of(_bare_model(name, dtype, trust_remote_code), granularity), granularity)
+    with _bare_model(name, dtype, trust_remote_code) as model:
+        return _together(shape_of(model, granularity), granularity)
 
 
-def _bare_model(name: str, dtype: str | None, trust_remote_code: bool) -> Any:
-    """The model without weights."""
-    with models.quiet(), torch.device("meta"):
+@contextmanager
+def _bare_model(name: str, dtype: str | None, trust_remote_code: bool) -> Iterator[Any]:
+    """The model without weights; for the duration, it can be run, to shapes instead of numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield _built(name, dtype, trust_remote_code)
+
+
+def _built(name: str, dtype: str | None, trust_remote_code: bool) -> Any:
+    with models.quiet():
         config = AutoConfig.from_pretrained(models.source(name), trust_remote_code=trust_remote_code)
         found = getattr(torch, dtype) if dtype else config.dtype or torch.float32
         return AutoModelForCausalLM.from_config(config, dtype=found, trust_remote_code=trust_remote_code)
@@ -89,8 +102,11 @@ def _together(shape: Shape, granularity: str) -> Shape:
         return shape
     count = min(count or shape.blocks, shape.blocks)
     linears = tuple(size for unit in shape.units for size in unit.linears)
-    unit = UnitShape(linears * count, sum(unit.other for unit in shape.units) * count)
-    return replace(shape, blocks=-(-shape.blocks // count), units=(unit,))
+    experts = tuple(size for unit in shape.units for size in unit.experts)
+    used = max(unit.used for unit in shape.units)
+    unit = UnitShape(linears * count, sum(unit.other for unit in shape.units) * count, experts * count, used)
+    graph = shape.graph and Graph(shape.graph.kept.times(count), shape.graph.formed.times(count))
+    return replace(shape, blocks=-(-shape.blocks // count), units=(unit,), graph=graph)
 
 
 def work_of(job: RunSettings, device: str, dense: bool = False) -> Work:
@@ -100,6 +116,8 @@ def work_of(job: RunSettings, device: str, dense: bool = False) -> Work:
     texts = 1 + len(job.eval_data or (("demo:sotu",) if job.data == "demo" else ()))
     again = fitted and "pruned" in job.compare
     retrained = bool(job.retrain) and "dense-retrained" in job.compare and not dense
+    steps = job.steps if job.retrain else 0
+    *earlier, _ = schedule(pattern, job.cycles, job.schedule)
     return Work(
         windows=distributed.most(job.windows or windows),
         seqlen=job.seqlen or seqlen,
@@ -114,11 +132,15 @@ def work_of(job: RunSettings, device: str, dense: bool = False) -> Work:
         passes=1 + again,
         packed=job.packed,
         gpu=device != "cpu",
-        steps=job.steps if job.retrain else 0,
+        steps=steps,
         step_batch=distributed.most(job.batch),
         trainings=1 + retrained,
         checkpointing=job.checkpointing,
         loads=1 + again + retrained,
+        earlier=tuple(float(1 - one.sparsity) for one in earlier),
+        # No window twice where the text has enough of them.
+        taught=distributed.most(steps * job.batch) if job.distil else 0,
+        narrow=job.precision == "bf16",
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import perp_kernels as pk
-from perp import distributed, pruners
+from perp import distributed, machine, pruners
 from perp.adapters import attach
 from perp.blocks import prunable
 from perp.choice import Choice
@@ -36,7 +36,8 @@ from perp.workload import Shape
 
 # Wider blocks run at nearly the rate of this width on a CPU; a GPU needs larger products to be busy.
 WIDTH = {"cpu": 512, "cuda": 2048}
-TOKENS = {"cpu": 256, "cuda": 2048}
+# At most so many tokens of a window: a step also costs what grows with the weights alone, which few tokens overstate.
+TOKENS = {"cpu": 512, "cuda": 2048}
 # Of a head of other work, as many outputs as show its rate.
 VOCABULARY = 8192
 # Training steps by which one fit is longer than another, to tell steps from what each fit takes once.
@@ -59,9 +60,10 @@ def measure(job: RunSettings, shape: Shape, device: str) -> Rates:
     """
     kind = torch.device(device).type
     dtype = {2: torch.bfloat16, 8: torch.float64}.get(shape.itemsize, torch.float32)
+    tokens = min(job.seqlen or machine.usual_sizes(device)[1], TOKENS[kind])
     with torch.random.fork_rng([device] if kind == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
-        subject = _Subject(job, _stand_in(shape, WIDTH[kind], dtype), TOKENS[kind], min(shape.vocabulary, VOCABULARY))
+        subject = _Subject(job, _stand_in(shape, WIDTH[kind], dtype), tokens, min(shape.vocabulary, VOCABULARY))
     work: dict[str, Callable[[], object]] = {
         "forward": subject.forward,
         "gram": subject.gram,
@@ -71,6 +73,8 @@ def measure(job: RunSettings, shape: Shape, device: str) -> Rates:
         "update": subject.update,
         "retrain": subject.retrain,
         "head": subject.head,
+        "lesson": subject.lesson,
+        "teach": subject.teach,
     }
     taken: dict[str, list[float]] = {name: [] for name in work}
     own = elapsed = 0.0
@@ -117,7 +121,10 @@ class _Subject:
         self.kept = nn.Parameter(torch.zeros(kept, dtype=weight.dtype))
         self.optimiser = AdamW([self.kept], 1e-3, 1 << 20)
         self.adapted = _retrained(block, self.choice.masks, job)
-        self.x = self.hidden.to(next(self.adapted.parameters()).dtype, copy=True).requires_grad_()
+        narrow = torch.bfloat16 if job.precision == "bf16" and weight.dtype.itemsize > 2 else weight.dtype
+        self.x = self.hidden.to(narrow, copy=True).requires_grad_()
+        self.narrow_embedding = self.embedding.to(narrow)
+        self.dense_block = copy.deepcopy(block).to(narrow).requires_grad_(False)
 
     def forward(self) -> None:
         collect(self.block, prunable(self.block, "block"), [self.hidden], _plain, "norms")
@@ -159,9 +166,30 @@ class _Subject:
     def head(self) -> None:
         F.cross_entropy(F.linear(self.hidden[0], self.embedding).float(), self.labels)
 
+    def lesson(self) -> None:
+        """The head's part of a training step, as `perp.loss` and `perp.distil` have it."""
+
+        def loss(logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits, self.labels, reduction="sum")
+
+        def both(logits: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted = F.log_softmax(F.linear(self.x[0], self.narrow_embedding).float(), dim=-1)
+            divergence = F.kl_div(F.log_softmax(logits, dim=-1), wanted, log_target=True, reduction="sum")
+            return loss(logits) + divergence
+
+        part = self.x[0].detach().requires_grad_()
+        logits = F.linear(part, self.narrow_embedding).float()
+        torch.autograd.grad(both(logits) if self.job.distil else loss(logits), [part])
+
+    @torch.no_grad()
+    def teach(self) -> None:
+        self.dense_block(self.x)
+
     def rates(self, seconds: dict[str, float]) -> Rates:
         weights = sum(weight.numel() for weight in self.dense.values())
         sizes = [(len(weight), weight.shape[1]) for weight in self.dense.values()]
+        logits = 2.0 * self.tokens * self.vocabulary * self.width
         passed = forward_flops(self.tokens, self.tokens, weights, self.width)
         step = max(seconds["fit on"] - seconds["fit"], 1e-9) / MORE
         update = seconds["update"] / self.kept.numel()
@@ -173,7 +201,9 @@ class _Subject:
             forward=passed / seconds["forward"],
             fit=passed / step,
             retrain=passed / seconds["retrain"],
-            head=2 * self.tokens * self.vocabulary * self.width / seconds["head"],
+            head=logits / seconds["head"],
+            lesson=logits / seconds["lesson"],
+            teach=passed / seconds["teach"],
             gram=2 * self.tokens * self.width**2 / seconds["gram"],
             choose=effort(sizes, self.choice.needs) / seconds["choose"],
             pack=weights / max(once, seconds["fit"] / 100),
@@ -231,7 +261,7 @@ class _Block(nn.Module):
 def _stand_in(shape: Shape, most: int, dtype: torch.dtype) -> nn.Module:
     """A block of the model's width, or `most`, with its share of weights in the MLP."""
     width = max(_HEAD, min(shape.hidden, most) // _HEAD * _HEAD)
-    beyond = sum(unit.weights for unit in shape.units) / shape.hidden**2 - 4
+    beyond = sum(unit.active for unit in shape.units) / shape.hidden**2 - 4
     inner = max(_HEAD, round(width * beyond / 3 / _HEAD) * _HEAD)
     return _Block(width, min(inner, 8 * width)).to(dtype).eval()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perp import allocate as allocation
-from perp import distributed, pruners
+from perp import distributed, machine, pruners
 from perp.activations import fill
 from perp.blocks import Arguments, ArgumentsOf, Calls, all_prunable, find_blocks, outputs, prunable, run_block
 from perp.choice import Choice, check
@@ -200,6 +200,8 @@ class _Job:
             else:
                 self.block(parts, partial(self.calls.arguments, index), last)
             self.residence.leave(index, parts, self.figures.of(parts))
+            # What stays in the heap would grow from block to block: by 45 MB over the 30 of a 135M model.
+            machine.release()
             progress.unit(f"{prefix}.{index}", **self.told(parts))
         progress.done()
 

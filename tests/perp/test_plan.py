@@ -1,11 +1,12 @@
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig
 
-from perp import footprint, machine, pace
+from perp import footprint, machine, pace, workload
 from perp.blocks import find_blocks
 from perp.pace import Rates
 from perp.plan import Budget, advice, choose, predict
@@ -13,7 +14,7 @@ from perp.workload import Shape, UnitShape, Work, shape_of
 
 from . import families
 
-RATES = Rates(1e12, 5e11, 4e11, 2e12, 3e12, 1e9, 1e9, 2e9, disk=1e9, build=0.1)
+RATES = Rates(1e12, 5e11, 4e11, 2e12, 3e12, 1e9, 1e9, 2e9, disk=1e9, lesson=8e11, teach=6e11, build=0.1)
 AMPLE = Budget(device=1 << 50, host=1 << 50, disk=1 << 50)
 # LLaMA-2-70B: 80 blocks of 8192, inner 28672, 8 groups of keys, vocabulary 32000.
 LARGE = LlamaConfig(
@@ -96,8 +97,112 @@ def test_seconds_are_products_over_rates():
     )
     assert pace.of_pruning(one, work, RATES, fitted=False) == pytest.approx(2 * once + 5000 / 1e9, rel=1e-9)
     assert pace.of_judging(one, work, RATES) == pytest.approx(5 * passed / 1e12 + 2 * 5 * 8 * 500 / 2e12, rel=1e-9)
-    trained = 14 * passed / 4e11 + 2.5 * 14 * 8 * 2 * 500 / 2e12 + 7 * 3 * 150 / 2e9
+    trained = 14 * passed / 4e11 + 14 * 8 * 2 * 500 / 8e11 + 7 * 3 * 150 / 2e9
     assert pace.of_retraining(one, work, RATES) == pytest.approx(trained, rel=1e-9)
+
+
+def test_each_cycle_is_a_pruning_of_its_own_share():
+    found, work = shape(LARGE), Work(16, 2048, steps=9)
+    cycled = replace(work, earlier=(0.8, 0.65))
+    each = [pace.of_pruning(found, replace(work, kept=kept), RATES, True) for kept in (0.8, 0.65, 0.5)]
+    once, thrice = (seconds(predict(found, one, RATES, False, "memory")) for one in (work, cycled))
+    assert thrice["prune"] == pytest.approx(sum(each), rel=1e-12)
+    assert thrice["prune"] > 3 * once["prune"]
+    assert thrice["retrain"] == once["retrain"]
+    # What the first cycle fits is the most: it keeps 0.8 of the weights.
+    first = footprint.of_pruning(found, replace(work, kept=0.8))
+    assert footprint.of_pruning(found, cycled) == first > footprint.of_pruning(found, work)
+    for stream, stages in ((False, 1), (True, 2)):
+        lengths = [predict(found, one, RATES, stream, "memory").stages[0].disk for one in (work, cycled)]
+        assert lengths[1] - lengths[0] == 2 * stages * found.bytes
+
+
+def test_the_teacher_s_states_are_counted_to_the_byte():
+    found, work = shape(LARGE), Work(16, 2048, steps=9)
+    taught = replace(work, taught=36)
+    states = 36 * 2048 * 8192 * 2
+    for gpu in (False, True):
+        plain, mixed = (predict(found, replace(one, gpu=gpu), RATES, False, "memory") for one in (work, taught))
+        assert host(mixed)["prune"] - host(plain)["prune"] == states
+    plain, mixed = (predict(found, replace(one, gpu=True), RATES, True, "disk") for one in (work, taught))
+    assert mixed.stages[1].disk - plain.stages[1].disk == states - 2 * 16 * 2048 * 8192 * 2
+    passed = 36 * 2 * 2048 * (found.inside + 80 * 2 * 2048 * 8192)
+    assert seconds(mixed)["dense states"] == pytest.approx(passed / 6e11)
+    assert seconds(mixed)["load and save"] - seconds(plain)["load and save"] == pytest.approx(
+        80 * 0.1 + found.bytes / 1e9
+    )
+    # bf16 beside fp32 weights: the states are as narrow, and the model is there once more at half of its size.
+    wide = replace(found, itemsize=4)
+    assert footprint.of_teacher(wide, replace(taught, narrow=True), stream=False) == states
+    assert footprint.of_teacher(wide, taught, stream=False) == 2 * states
+    assert footprint.of_narrowing(wide, replace(work, narrow=True)) == wide.bytes // 2
+    assert footprint.of_narrowing(found, replace(work, narrow=True)) == 0
+
+
+def seconds(plan):
+    return {stage.name: stage.seconds for stage in plan.stages}
+
+
+def host(plan):
+    return {stage.name: stage.host for stage in plan.stages}
+
+
+def mixture(used: int) -> Shape:
+    config = MixtralConfig(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=8,
+    )
+    config.num_experts_per_tok = used
+    return shape(config)
+
+
+def test_of_eight_experts_two_compute_and_all_are_there():
+    two, every = mixture(2), mixture(8)
+    one_expert = 3 * 64 * 96
+    attention = 4 * 64 * 64
+    assert [unit.weights for unit in two.units] == [attention, 8 * one_expert]
+    assert [unit.active for unit in two.units] == [attention, 2 * one_expert]
+    assert [unit.active for unit in every.units] == [attention, 8 * one_expert]
+    # The router and two norms are no matrices to prune.
+    assert two.block == attention + 8 * one_expert + 8 * 64 + 2 * 64
+    work = Work(5, 16)
+    head = 3 * 2 * 5 * 16 * (attention + 8 * 64 + 2 * 64 + 2 * 16 * 64)
+    for found, share in ((two, 0.25), (every, 1.0)):
+        flops = RATES.forward * pace.of_judging(found, replace(work, judged=5), replace(RATES, head=math.inf))
+        assert flops == pytest.approx(head + share * 3 * 2 * 5 * 16 * 8 * one_expert, rel=1e-9)
+    assert len(two.units[1].matrices) == 8 * 2
+    assert pace.effort(two.units[1].matrices, "gram") == 8 * (64**3 + 192 * 64**2 + 96**3 + 64 * 96**2)
+    # A Gram for each expert.
+    assert sum(footprint.sums(two, "gram")) == 4 * (64**2 + 8 * 64**2 + 8 * 96**2)
+
+
+def test_experts_in_a_list_are_experts_too():
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = torch.nn.Linear(8, 4, bias=False)
+            self.experts = torch.nn.ModuleList(
+                torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 6)) for _ in "1234"
+            )
+
+    (unit,) = workload._units(Experts(), "block", 1)
+    assert sorted(unit.experts) == [(4, 6, 8), (4, 8, 8), (4, 8, 8)]
+    assert (unit.weights, unit.active, unit.other) == (4 * 176, 176, 4 * 22 + 32)
+    # Where the configuration does not say how many compute, all do.
+    (unit,) = workload._units(Experts(), "block", None)
+    assert unit.active == unit.weights
+
+
+@pytest.mark.parametrize("name", ["num_experts_per_tok", "moe_topk", "moe_k"])
+def test_the_number_of_experts_used_goes_by_several_names(name):
+    assert workload.experts_used(SimpleNamespace(**{name: 3})) == 3
+    assert workload.experts_used(SimpleNamespace(**{name: [2, 4]})) == 4
+    assert workload.experts_used(SimpleNamespace(**{name: None})) is None
 
 
 def test_the_line_without_recovery_costs_no_fit():

@@ -76,6 +76,14 @@ def test_lines_that_are_known_or_not_asked_for_are_not_planned():
     assert work_of(replace(job, refine="sparseswaps"), "cpu").statistics == "gram"
 
 
+def test_cycles_distillation_and_precision_are_work():
+    job = RunSettings(model="", out=Path(), pattern="0.5", cycles=3, schedule="linear", steps=7, batch=4)
+    plain, best = work_of(job, "cpu"), work_of(replace(job, distil=0.5, precision="bf16"), "cpu")
+    assert plain.earlier == pytest.approx((1 - 0.5 / 3, 1 - 1 / 3), abs=1e-4)
+    assert (plain.taught, plain.narrow, best.taught, best.narrow) == (0, False, 28, True)
+    assert work_of(replace(job, retrain=(), distil=0.5, cycles=1), "cpu").taught == 0
+
+
 def test_blocks_fitted_together_are_in_memory_together(tmp_path):
     LLAMA.save_pretrained(tmp_path)
     one, two, all_of_them = (model_shape(str(tmp_path), None, False, g) for g in ("block", "2-blocks", "model"))
@@ -94,6 +102,9 @@ def test_perp_plan_tells_a_stage_a_line_and_a_verdict(tmp_path):
     assert told.exit_code == 0, told.output
     assert all(stage in told.stdout for stage in ("judge", "prune", "retrain", "may take"))
     assert "It fits: streamed, a block at a time" in told.stdout
+    cycled = CliRunner().invoke(app, [*asked, "9GB", "--no-stream", "--cycles", "3", "--distil", "0.5"])
+    assert cycled.exit_code == 0, cycled.output
+    assert all(stage in cycled.stdout for stage in ("dense states", "prune, 3 cycles", "retrain, 3 cycles"))
     told = CliRunner().invoke(app, [*asked, "20MB"])
     assert told.exit_code == 0
     assert "It does not fit; use a machine with" in told.stdout

@@ -56,6 +56,8 @@ def test_a_plan_of_the_probe_s_own_block_is_what_the_probe_took():
         "update": update,
         "retrain": 6.0,
         "head": 2.0,
+        "lesson": 5.0,
+        "teach": 0.4,
     }
     rates = subject.rates(seconds)
     one = replace(SHAPE, blocks=1, inside=53248)
@@ -63,4 +65,6 @@ def test_a_plan_of_the_probe_s_own_block_is_what_the_probe_took():
     told = pace.of_pruning(one, work, rates, fitted=True)
     assert told == pytest.approx(5 * 3.5 * once + 7.0 + pack + 2 * 5 * (step + update))
     assert pace.of_judging(one, work, rates) == pytest.approx(3 * (once + 2.0))
-    assert pace.of_retraining(one, work, rates) == pytest.approx(4 * (6.0 + 2.5 * 2.0))
+    assert pace.of_retraining(one, work, rates) == pytest.approx(4 * (6.0 + 5.0))
+    assert pace.of_teaching(one, replace(work, taught=7), rates) == pytest.approx(7 * 0.4)
+    assert pace.of_teaching(one, work, rates) == 0

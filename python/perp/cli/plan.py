@@ -36,7 +36,9 @@ def plan(job: Any) -> None:
         told.add_column(column, justify="left" if column == "stage" else "right")
     for stage in found.plan.stages:
         sizes = (machine.told(size) for size in (stage.device, stage.host, stage.disk))
-        told.add_row(stage.name, *sizes, duration(stage.seconds))
+        cycles = 1 + len(found.work.earlier) if stage.name in ("prune", "retrain") else 1
+        name = f"{stage.name}, {cycles} cycles" if cycles > 1 else stage.name
+        told.add_row(name, *sizes, duration(stage.seconds))
     if len(found.plan.stages) > 1:
         plan = found.plan
         sizes = (machine.told(size) for size in (plan.device, plan.host, plan.disk))
