@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from perp.loss import LOGITS
 from perp.workload import Shape, UnitShape, Work
 
+# Bytes of AdamW's moments for each number trained, in fp32; of torchao's 8-bit ones with their scales.
+MOMENTS, MOMENTS_8BIT = 8, 2
 # Bytes of temporaries per element of the largest weight while its mask is chosen: fp32 scores and what ranks them.
 SELECT = 14
 # What a backward pass forms where that is not known, as a share of what is kept for it: between 0.35 and 0.57 in seven
@@ -62,10 +64,10 @@ def _fit(unit: UnitShape, shape: Shape, work: Work, stream: bool = True) -> int:
         adapters = work.rank * sum(outputs + inputs for outputs, inputs in unit.matrices)
         # Beside adapters weights are dense, with their zeros.
         packed = unit.weights * (shape.itemsize + 1 / 8)
-        return round(2 * packed + masks + narrow + adapters * (8 + work.moments) + graph)
+        return round(2 * packed + masks + narrow + adapters * (8 + MOMENTS) + graph)
     largest = share * max((outputs * inputs for outputs, inputs in unit.matrices), default=0)
     begun = kept * shape.itemsize
-    masters, moments = kept * wide, work.moments * kept
+    masters, moments = kept * wide, MOMENTS * kept
     backward = kept * shape.itemsize + graph
     step = 4 * kept + 2 * 4 * largest
     return round(packed + begun + masks + masters + narrow + moments + max(backward, step))

@@ -97,17 +97,17 @@ def predict(
     held = states * (2 if work.trained else 1)
     judged = work.judged * work.seqlen * shape.hidden * shape.itemsize if stream else 0
     taught = footprint.of_teacher(shape, work, stream)
-    # Each cycle before the last leaves its pruned blocks and, streamed, its retrained ones.
-    stages_kept = len(work.earlier) * (2 if stream else 1)
+    # Each cycle before the last leaves its blocks; streamed, pruned and retrained ones, until the next has ended.
+    stages_kept = min(2 * len(work.earlier), 3) if stream else len(work.earlier)
     disk = model * ((2 if work.packed else 1) + stages_kept) + round(shape.inside / 8)
     spilled = max(held, judged, taught) if activations == "disk" else 0
     pruning = footprint.of_pruning(shape, work, stream)
 
     gives_back = stream and OVERHEAD + pruning >= GIVES_BACK
 
-    def stage(name: str, working: int, waiting: int, seconds: float, holes: int = 0) -> Stage:
-        """`working`: beside the model, where it computes; `waiting`: hidden states, of windows or of the teacher;
-        `holes`: what is free in the heap between what is in use."""
+    def stage(name: str, working: int, waiting: int, seconds: float, holes: int = 0, taught: int = 0) -> Stage:
+        """`working`: beside the model, where it computes; `waiting`: hidden states, and `taught`, those of the teacher,
+        which never wait on the device; `holes`: what is free in the heap between what is in use."""
         device = host = 0
         resident = shape.block * shape.itemsize if stream else model
         if work.gpu:
@@ -120,29 +120,31 @@ def predict(
             host = OVERHEAD + (0 if stream else whole)
             host += working + (0 if gives_back else HOLES + holes)
         host += waiting if activations == "memory" else 0
+        host += taught if activations != "disk" else 0
         return Stage(name, device, host, disk + spilled, seconds)
 
     stages = [stage("load and save", 0, 0, pace.of_reading(shape, work, rates, stream, ahead))]
     if work.judged:
         seconds = work.states * pace.of_judging(shape, work, rates)
         stages.append(stage("judge", footprint.of_judging(shape, work), judged, seconds))
-    # The teacher's states wait from before the first pruning until the last step; streamed, they are made for that.
-    held += 0 if stream else taught
     if work.taught:
         narrow = 0 if stream else footprint.of_narrowing(shape, work)
         working = footprint.of_forward(shape, work) + narrow
-        stages.append(stage("dense states", working, taught, pace.of_teaching(shape, work, rates)))
+        stages.append(stage("dense states", working, 0, pace.of_teaching(shape, work, rates), taught=taught))
     turns = [(share, bool(work.trained)) for share in work.earlier]
     turns += [(work.kept, bool(work.trained) and not turn) for turn in range(work.passes)]
     seconds = sum(pace.of_pruning(shape, replace(work, kept=share), rates, fitted) for share, fitted in turns)
     fits = work.epochs * -(-work.windows // work.batch) if work.trained else 0
-    stages.append(stage("prune", pruning, held, seconds, footprint.of_holes(shape, work, work.batch, fits)))
+    # In memory the teacher waits from before the first pruning; streamed it is made when training begins, which with
+    # cycles is before the next pruning.
+    waits = taught if work.earlier or not stream else 0
+    stages.append(stage("prune", pruning, held, seconds, footprint.of_holes(shape, work, work.batch, fits), waits))
     if work.steps:
         seconds = work.trainings * pace.of_retraining(shape, work, rates)
         narrow = footprint.of_narrowing(shape, work, work.most_kept if stream else 1.0)
         working = footprint.of_retraining(shape, work, heap=not (work.gpu or gives_back)) + narrow
         passed = work.steps * work.step_batch
-        own = stage("retrain", working, taught, seconds, footprint.of_holes(shape, work, 1, passed))
+        own = stage("retrain", working, 0, seconds, footprint.of_holes(shape, work, 1, passed), taught)
         if stream:
             # The packed weights stay mapped from their file; or they are on the GPU, or two blocks of them.
             packed = round(shape.inside * (work.most_kept * shape.itemsize + 1 / 8)) if work.gpu else 0

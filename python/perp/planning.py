@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from perp import distributed, machine, models, pruners
+from perp import distributed, footprint, machine, models, pruners
 from perp.blocks import all_prunable
 from perp.granularity import Granularity
 from perp.graph import Graph
@@ -141,6 +141,7 @@ def work_of(job: RunSettings, device: str, dense: bool = False) -> Work:
         # No window twice where the text has enough of them.
         taught=distributed.most(steps * job.batch) if job.distil else 0,
         narrow=job.precision == "bf16",
+        moments=footprint.MOMENTS_8BIT if job.optimizer == "adamw8bit" else footprint.MOMENTS,
     )
 
 

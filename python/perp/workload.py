@@ -91,7 +91,7 @@ class Work:
 
     `earlier`: the shares of weights kept in the cycles before the last one, each with a pruning like the last; the
     steps are of all cycles together. `taught`: windows whose states the dense model leaves for distillation, 0 without
-    it. `narrow`: whether a wider model is trained in bf16. `moments`: bytes of the optimiser's state for each number
+    it. `narrow`: whether a wider model is trained in bf16. `moments`: bytes of retraining's optimiser for each number
     trained.
     """
 

@@ -112,9 +112,10 @@ def test_each_cycle_is_a_pruning_of_its_own_share():
     # What the first cycle fits is the most: it keeps 0.8 of the weights.
     first = footprint.of_pruning(found, replace(work, kept=0.8))
     assert footprint.of_pruning(found, cycled) == first > footprint.of_pruning(found, work)
-    for stream, stages in ((False, 1), (True, 2)):
-        lengths = [predict(found, one, RATES, stream, "memory").stages[0].disk for one in (work, cycled)]
-        assert lengths[1] - lengths[0] == 2 * stages * found.bytes
+    # Streamed, a cycle's blocks are taken away when the next one has ended: three copies at most.
+    for stream, cycles, stages in ((False, cycled, 2), (True, cycled, 3), (True, replace(work, earlier=(0.7,)), 2)):
+        lengths = [predict(found, one, RATES, stream, "memory").stages[0].disk for one in (work, cycles)]
+        assert lengths[1] - lengths[0] == stages * found.bytes
 
 
 def test_the_teacher_s_states_are_counted_to_the_byte():
@@ -126,6 +127,14 @@ def test_the_teacher_s_states_are_counted_to_the_byte():
         assert host(mixed)["prune"] - host(plain)["prune"] == states
     plain, mixed = (predict(found, replace(one, gpu=True), RATES, True, "disk") for one in (work, taught))
     assert mixed.stages[1].disk - plain.stages[1].disk == states - 2 * 16 * 2048 * 8192 * 2
+    # Streamed they are made when training begins, and wait in memory even where hidden states are on the device.
+    plain, mixed = (predict(found, replace(one, gpu=True), RATES, True, "device") for one in (work, taught))
+    assert host(mixed)["prune"] == host(plain)["prune"]
+    assert host(mixed)["retrain"] - host(plain)["retrain"] == states
+    twice = predict(found, replace(taught, taught=72, gpu=True), RATES, True, "device")
+    assert [stage.device for stage in twice.stages] == [stage.device for stage in mixed.stages]
+    assert host(twice)["dense states"] - host(mixed)["dense states"] == states
+    plain, mixed = (predict(found, replace(one, gpu=True), RATES, True, "disk") for one in (work, taught))
     passed = 36 * 2 * 2048 * (found.inside + 80 * 2 * 2048 * 8192)
     assert seconds(mixed)["dense states"] == pytest.approx(passed / 6e11)
     assert seconds(mixed)["load and save"] - seconds(plain)["load and save"] == pytest.approx(
@@ -137,6 +146,14 @@ def test_the_teacher_s_states_are_counted_to_the_byte():
     assert footprint.of_teacher(wide, taught, stream=False) == 2 * states
     assert footprint.of_narrowing(wide, replace(work, narrow=True)) == wide.bytes // 2
     assert footprint.of_narrowing(found, replace(work, narrow=True)) == 0
+
+
+def test_the_optimiser_s_moments_are_those_of_retraining():
+    found, work = shape(LARGE), Work(16, 2048, steps=9, gpu=True)
+    few = replace(work, moments=footprint.MOMENTS_8BIT)
+    adapters = 16 * 80 * sum(outputs + inputs for unit in found.units for outputs, inputs in unit.linears)
+    assert footprint.of_retraining(found, work) - footprint.of_retraining(found, few) == 6 * adapters
+    assert footprint.of_pruning(found, work) == footprint.of_pruning(found, few)
 
 
 def seconds(plan):
