@@ -96,7 +96,9 @@ def read(path: Path) -> dict[str, pk.SparseWeight]:
             head, entries, about = _read_header(file, size)
         return _weights(about, _map(path, size, len(head), entries))
     except _Damaged as error:
-        raise UserError(f"{path} is damaged ({error}); write it again with perp pack.") from error
+        # A damaged file may tell names of any characters.
+        what = str(error).encode("unicode_escape").decode()
+        raise UserError(f"{path} is damaged ({what}); write it again with perp pack.") from error
     except _Newer as error:
         raise UserError(
             f"{path} has format version {error}; this perp reads up to {VERSION}, so update perp."
