@@ -57,13 +57,16 @@ def retrain(
     """
     base, count = stage.directory / "base", len(stream.blocks)
     if not ended(stream, stage):
+        # Before the packed weights are on the device, which it runs every block on.
+        taught = teacher()
+        machine.trim()
         # Without checkpoints the graph would hold on to every block that was brought.
         offload = offload and settings.checkpointing and stream.model.supports_gradient_checkpointing
         model = _packed(stream, before, tokenizer, base, settings, "cpu" if offload else str(stream.device))
         machine.trim()
         waiting = Offload(model, model.get_submodule(stream.prefix), stream.device) if offload else None
         with waiting.running() if waiting else nullcontext():
-            train(model, windows, settings, progress, teacher(), checkpoint=stage.training)
+            train(model, windows, settings, progress, taught, checkpoint=stage.training)
         machine.trim()
         trained = count_trainable(model)
         names = [name for name, weight in model.named_parameters() if weight.requires_grad]
