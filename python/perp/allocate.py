@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from functools import partial
 
@@ -74,22 +74,37 @@ def _scores(weight: Tensor, read: Statistics) -> Tensor:
 
 @torch.no_grad()
 def owl(
-    model: PreTrainedModel, windows: Tensor, pattern: Pattern, progress: Progress, residence: Residence | None = None
+    model: PreTrainedModel,
+    windows: Tensor,
+    pattern: Pattern,
+    progress: Progress,
+    residence: Residence | None = None,
+    skipped: Collection[str] = (),
 ) -> list[Pattern]:
-    """The pattern of each block of the dense model, by the Wanda scores of its linears on these windows."""
+    """The pattern of each block of the dense model, by the Wanda scores of its linears on these windows.
+
+    `skipped`: names of linears that do not count; of a block where none is left the pattern is never asked for.
+    """
     residence = residence or Resident()
     prefix, blocks = find_blocks(model)
-    calls, ratios, weights = residence.calls(model, windows), [], []
+    calls, patterns = residence.calls(model, windows), [pattern] * len(blocks)
+    ratios, weights = {}, {}
     progress.stage("outliers", len(blocks))
     for index, block in enumerate(blocks):
         with residence.enter(index):
-            linears = prunable(block, f"{prefix}.{index}")
+            linears = {
+                name: linear for name, linear in prunable(block, f"{prefix}.{index}").items() if name not in skipped
+            }
             read = collect(block, linears, calls.hidden, partial(calls.arguments, index), "norms")
             scores = [_scores(linear.weight, read[name]) for name, linear in linears.items()]
-            ratios.append(outlier_ratio(scores))
-            weights.append(sum(score.numel() for score in scores))
+            if scores:
+                ratios[index] = outlier_ratio(scores)
+                weights[index] = sum(score.numel() for score in scores)
             if index + 1 < len(blocks):
                 calls.advance(index)
         progress.unit(f"{prefix}.{index}")
     progress.done()
-    return [Pattern(None, None, share, pattern.scope) for share in spread(ratios, weights, pattern.sparsity)]
+    shares = spread([*ratios.values()], [*weights.values()], pattern.sparsity)
+    for index, share in zip(ratios, shares, strict=True):
+        patterns[index] = Pattern(None, None, share, pattern.scope)
+    return patterns

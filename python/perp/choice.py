@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,19 +41,29 @@ class Choice:
     """What prunes the linears of one model, and what it has given so far.
 
     `needs`: the statistics that it reads. `held_out`: the calibration windows that refinement keeps to watch itself by.
-    `masks`, which it fills: by qualified name of the linear, on the CPU. `refined`: what refining did, by name.
-    `unread`: linears that the calibration text never reached, pruned by magnitude.
+    `masks`, which it fills: by qualified name of the linear, on the CPU. `skipped`: the names of those that stay dense,
+    under masks that keep everything. `refined`: what refining did, by name. `unread`: linears that the calibration text
+    never reached, pruned by magnitude.
     """
 
     def __init__(
-        self, pruner: Pruner, refine: RefineSettings | None, refit: bool, masks: MutableMapping[str, Tensor]
+        self,
+        pruner: Pruner,
+        refine: RefineSettings | None,
+        refit: bool,
+        masks: MutableMapping[str, Tensor],
+        skipped: Collection[str] = (),
     ) -> None:
         self.pruner, self.refine, self.refit = pruner, refine, refit
         self.needs: Kind | None = "gram" if refine or refit else pruner.NEEDS
         self.held_out: Collection[int] = ()
-        self.masks = masks
+        self.masks, self.skipped = masks, skipped
         self.refined: dict[str, Refinement] = {}
         self.unread: list[str] = []
+
+    def pruned(self, linears: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the linears that are not skipped."""
+        return {name: linear for name, linear in linears.items() if name not in self.skipped}
 
     def prune(self, unit: Unit, statistics: Mapping[str, Statistics], pattern: Pattern) -> None:
         """Prune the unit's linears; of the projection of several experts, each expert's matrix by itself.
@@ -60,7 +71,7 @@ class Choice:
         The matrices are spread over the ranks. A pruned weight is new memory: the old one may be mapped from a file,
         and would stay in memory for a copy.
         """
-        linears, masks = unit.linears, {}
+        linears, masks = self.pruned(unit.linears), {}
         costs = {label: _cost(own) for name, linear in linears.items() for label, own in _parts(name, linear.weight)}
         owners = distributed.spread(costs)
         with distributed.together():
@@ -80,7 +91,8 @@ class Choice:
             ):
                 distributed.send_out_(weight, owners[label])
                 distributed.send_out_(mask, owners[label], through=weight.device)
-        self.masks.update(masks)
+        for name, linear in unit.linears.items():
+            self.masks[name] = masks[name] if name in masks else torch.ones(linear.weight.shape, dtype=torch.bool)
         self.refined |= distributed.merged({label: self.refined[label] for label in owners if label in self.refined})
 
     def _prune(

@@ -16,7 +16,7 @@ from rich.text import Text
 
 import perp
 import perp_kernels
-from perp import demo
+from perp import demo, machine
 from perp_kernels import cpu, cuda
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "triton", "cupy")
@@ -28,6 +28,9 @@ _EXTRAS = (
     ("lm_eval", "perp eval --tasks", "pip install 'perp[tasks]'"),
     ("torchao", "--optimizer adamw8bit", "pip install 'perp[adamw8bit]'"),
 )
+
+
+_TELLS_BF16 = {True: "yes", False: "emulated and slow: models in bf16 train and run sooner with --dtype float32"}
 
 
 def examine() -> Group:
@@ -73,6 +76,7 @@ def _machine() -> dict[str, str]:
         "processor": _processor(),
         "cores": f"{usable} usable of {psutil.cpu_count()}, {torch.get_num_threads()} threads in torch",
         "features": features or "none of those the kernels use",
+        "bf16 products": _TELLS_BF16[machine.multiplies_bf16("cpu")],
         "CPU kernels": f"{cpu.active_path()} path" if cpu.available else f"plain torch ({cpu.why})",
         "CUDA kernels": cuda.active(),
         "memory": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available",

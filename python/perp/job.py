@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perp import data, distributed, machine, manifest, record, report
+from perp import data, distributed, machine, manifest, record, report, skipped
 from perp.blocks import all_prunable
 from perp.distil import Teacher
 from perp.errors import UserError
@@ -63,8 +63,8 @@ class Job:
         self.refined: dict[str, dict[str, float]] = {}
         self.load()
         self.check_output()
+        skipped.find(self.model, pattern, job.skip)
         for name, linear in all_prunable(self.model).items():
-            pattern.check(linear.in_features, name)
             if linear.weight.ndim > 2 and job.keep_adapters:
                 raise UserError(
                     f"{name} is of several experts, whose adapters no tool loads; retrain mask_lora instead."
@@ -231,6 +231,7 @@ class Job:
             refine=job.for_refine,
             refit=job.refit,
             allocate=job.allocate,
+            skip=job.skip,
         )
         self.made += stage.made
         return pruned

@@ -38,6 +38,19 @@ def find_device(name: str | None = None) -> str:
     return name
 
 
+def multiplies_bf16(device: str) -> bool:
+    """Whether `device` has instructions for products in bf16.
+
+    Without them torch is slow: a Zen 3 multiplies 2048 x 576 by 576 x 1536 at a tenth of its speed in fp32.
+    """
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def processes() -> int:
     """How many processes torchrun has started of this program, on all machines; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1

@@ -13,8 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from perp import distributed, footprint, machine, models, pruners
-from perp.blocks import all_prunable
+from perp import distributed, footprint, machine, models, pruners, skipped
 from perp.granularity import Granularity
 from perp.graph import Graph
 from perp.iterate import schedule
@@ -57,8 +56,7 @@ def plan_job(job: RunSettings, rates: Rates | None = None, dense: bool = False) 
     device = machine.find_device(job.device)
     _, pattern = pruners.resolve(job.method, job.pattern)
     with _bare_model(job.model, job.dtype, job.trust_remote_code) as model:
-        for name, linear in all_prunable(model).items():
-            pattern.check(linear.in_features, name)
+        skipped.find(model, pattern, job.skip)
         shape = _together(shape_of(model, job.reconstruct), job.reconstruct)
     work = work_of(job, device, dense)
     if rates is None:

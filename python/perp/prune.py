@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ from perp.reconstruct import reconstruct as fit
 from perp.refine import RefineSettings
 from perp.refine.watch import Refinement
 from perp.residence import Residence, Resident
+from perp.skipped import find as find_skipped
 from perp.spans import Matrix, Span, matrices, spans
 from perp.statistics import Statistics, collect
 from perp.units import Unit, units
@@ -69,6 +70,7 @@ def prune_model(
     refine: RefineSettings | None = None,
     refit: bool = False,
     allocate: str = "uniform",
+    skip: Collection[str] = (),
 ) -> Pruned:
     """Prune every linear of the decoder's blocks in place, experts' included (`perp.experts`), and nothing else.
 
@@ -77,7 +79,8 @@ def prune_model(
     (`perp.granularity`); what it reads and is fitted to: `perp.flow`. `refine`: improve each linear's mask, on the
     calibration windows that it does not hold out; `refit`: fit the kept weights of each linear to what its dense
     weights compute, in closed form; both come before any reconstruction. `allocate`: "uniform", or "owl" for a share
-    of zeros by block.
+    of zeros by block. `skip`: linears that stay dense, by names (`perp.skipped`); their masks keep everything, and
+    recovery trains them as the others.
 
     Each block is fed by the pruned blocks before it, unless the settings ask for dense inputs. One pass with its dense
     weights gives the statistics of all its linears; then each unit in turn is pruned and, with `reconstruct`, fitted to
@@ -91,15 +94,14 @@ def prune_model(
     size = Granularity.parse(granularity) if reconstruct else Granularity("block")
     check(method, pattern, refine, refit, allocate)
     residence, progress = residence or Resident(), progress or Silent()
-    choice = Choice(pruner, refine, refit, residence.masks)
     shares = allocate == "owl"
 
     def done(figures: Figures, patterns: Sequence[Pattern]) -> Pruned:
         told = [float(one.sparsity) for one in patterns] if shares else []
-        return Pruned(choice.masks, figures.losses, time.monotonic() - started, figures.refined, told)
+        return Pruned(residence.masks, figures.losses, time.monotonic() - started, figures.refined, told)
 
     with opened(model.eval()):
-        _check(model, pattern, reconstruct, size)
+        choice = Choice(pruner, refine, refit, residence.masks, _check(model, pattern, reconstruct, size, skip))
         count = len(find_blocks(model)[1])
         calls, patterns = None, [pattern] * count
         if choice.needs or reconstruct or shares:
@@ -109,7 +111,9 @@ def prune_model(
             own = distributed.part(windows)
             choice.held_out = refine.windows(len(windows)) if refine else ()
             if shares:
-                patterns = residence.patterns(partial(allocation.owl, model, own, pattern, progress, residence))
+                patterns = residence.patterns(
+                    partial(allocation.owl, model, own, pattern, progress, residence, choice.skipped)
+                )
             if not residence.complete(count):
                 with distributed.together():
                     calls = residence.calls(model, own)
@@ -122,9 +126,13 @@ def prune_model(
 
 
 def _check(
-    model: PreTrainedModel, pattern: Pattern, reconstruct: ReconstructSettings | None, size: Granularity
-) -> None:
-    """Refuse what cannot be pruned; warn of weights in the blocks that are not an nn.Linear's."""
+    model: PreTrainedModel,
+    pattern: Pattern,
+    reconstruct: ReconstructSettings | None,
+    size: Granularity,
+    skip: Collection[str],
+) -> frozenset[str]:
+    """Refuse what cannot be pruned; warn of weights in the blocks that are not an nn.Linear's. The names skipped."""
     prefix, blocks = find_blocks(model)
     linears = all_prunable(model)
     if not linears:
@@ -132,12 +140,12 @@ def _check(
     for name, linear in linears.items():
         if linear.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"the weight of {name} is {linear.weight.dtype}; load the model unquantised to prune it.")
-        pattern.check(linear.in_features, name)
         if size.name == "matrix" and linear.weight.ndim > 2 and reconstruct and reconstruct.two_models:
             raise UserError(
                 f"{name} is of several experts, to which the pruned and the dense model send other tokens; choose "
                 "dense-weights, dense inputs, or half-block or more."
             )
+    skipped = find_skipped(model, pattern, skip)
     check_finite(model, type(model).__name__)
     weightless = reconstruct and not set(WEIGHTS) & set(reconstruct.parts)
     if reconstruct and weightless and not trainable(blocks.modules(), reconstruct.parts):
@@ -150,6 +158,7 @@ def _check(
             f"{len(others)} weights of the blocks are not an nn.Linear's and stay dense, such as {prefix}.{others[0]}.",
             stacklevel=3,
         )
+    return skipped
 
 
 class _Job:
@@ -314,8 +323,8 @@ class _Job:
         targets: MutableSequence[Tensor],
         arguments: Callable[..., Any],
     ) -> None:
-        """Fit a pruned unit, if it has anything pruned."""
-        if unit.linear_names and self.settings:
+        """Fit a pruned unit, if anything is to be made good: of it, or of the blocks before it."""
+        if self.settings and (self.choice.pruned(unit.linears) or (unit.linear_names and self.settings.two_models)):
             keep = self.flow.keeps_targets
             self.figures.losses[unit.name] = fit(
                 unit, self.choice.masks, inputs, targets, arguments, self.settings, keep
@@ -340,7 +349,8 @@ class _Job:
         if choice.needs is None:
             return {}
         hidden = self.flow.hidden if hidden is None else hidden
-        return collect(block, prunable(block, parts[0].prefix), hidden, arguments, choice.needs, choice.held_out)
+        linears = choice.pruned(prunable(block, parts[0].prefix))
+        return collect(block, linears, hidden, arguments, choice.needs, choice.held_out)
 
     def _observe(
         self, parts: Sequence[Unit], arguments: ArgumentsOf

@@ -106,6 +106,7 @@ class ResidentJob(Job):
             refine=job.for_refine,
             refit=job.refit,
             allocate=job.allocate,
+            skip=job.skip,
         )
         self.made += sum(stage.made for stage in stages)
 

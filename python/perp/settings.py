@@ -35,19 +35,19 @@ BEST: dict[str, Any] = {"method": "sparsegpt", "windows": 96, "epochs": 1, "dist
 class RunSettings:
     """One job. `windows` and `seqlen` left at None become 128 x 2048 on a GPU and 32 x 512 on a CPU.
 
-    `refine` names how masks are improved ("none": not), `refit` fits the kept weights in closed form, `allocate`
-    spreads a share over the blocks. `cycles` and `schedule` are those of `perp.iterate`, which divide the steps of
-    retraining. `reconstruct` is the unit of reconstruction (`perp.granularity`) or "none"; `inputs`, `targets`, `loss`
-    are those of `ReconstructSettings`. `retrain` names the parts trained on the language-model loss (empty: none);
-    `compare` the further lines measured: "pruned" (no recovery) and "dense-retrained" (the dense model trained on the
-    same text). Learning rates left at None are those that suit the parts. `distil`, `temperature`, `optimizer` and
-    `shard` are those of `RetrainSettings`, `precision` that of both kinds of training; `keep_adapters` saves adapters
-    that do not merge (lora) beside the pruned model. `data` is judged on its test part, `eval_data` whole.
-    `calibration` draws windows of the "joined" text, or of single "documents" that are longer
-    (`perp.data.document_windows`). `overwrite` replaces what is in `out`, also an unfinished run, which otherwise is
-    gone on with (`perp.record`). `packed` writes the packed file beside the plain model. `stream` keeps one block at a
-    time in memory (`perp.streamed_run`); None leaves it to the plan, by the memory that may be used: `gpu_memory`,
-    `cpu_memory` such as "20GB" (None: what is free).
+    `skip` names linears that stay dense (`perp.skipped`). `refine` names how masks are improved ("none": not), `refit`
+    fits the kept weights in closed form, `allocate` spreads a share over the blocks. `cycles` and `schedule` are those
+    of `perp.iterate`, which divide the steps of retraining. `reconstruct` is the unit of reconstruction
+    (`perp.granularity`) or "none"; `inputs`, `targets`, `loss` are those of `ReconstructSettings`. `retrain` names the
+    parts trained on the language-model loss (empty: none); `compare` the further lines measured: "pruned" (no recovery)
+    and "dense-retrained" (the dense model trained on the same text). Learning rates left at None are those that suit
+    the parts. `distil`, `temperature`, `optimizer` and `shard` are those of `RetrainSettings`, `precision` that of both
+    kinds of training; `keep_adapters` saves adapters that do not merge (lora) beside the pruned model. `data` is judged
+    on its test part, `eval_data` whole. `calibration` draws windows of the "joined" text, or of single "documents" that
+    are longer (`perp.data.document_windows`). `overwrite` replaces what is in `out`, also an unfinished run, which
+    otherwise is gone on with (`perp.record`). `packed` writes the packed file beside the plain model. `stream` keeps
+    one block at a time in memory (`perp.streamed_run`); None leaves it to the plan, by the memory that may be used:
+    `gpu_memory`, `cpu_memory` such as "20GB" (None: what is free).
     """
 
     model: str
@@ -55,8 +55,10 @@ class RunSettings:
     pattern: str = "0.5"
     method: str = "wanda"
     allocate: str = "uniform"
+    skip: tuple[str, ...] = ()
     refine: str = "none"
     refine_steps: int | None = None
+    refine_alpha: float | None = None
     refit: bool = False
     cycles: int = 1
     schedule: str = "geometric"
@@ -108,7 +110,7 @@ class RunSettings:
     def for_refine(self) -> RefineSettings | None:
         if self.refine == "none":
             return None
-        return RefineSettings(method=self.refine, steps=self.refine_steps)
+        return RefineSettings(method=self.refine, steps=self.refine_steps, alpha=self.refine_alpha)
 
     @property
     def for_reconstruct(self) -> ReconstructSettings | None:
@@ -151,8 +153,11 @@ class RunSettings:
 
 
 def best(settings: RunSettings, chosen: Collection[str] = ()) -> RunSettings:
-    """These settings with what `BEST` has instead, but for the fields that were `chosen`."""
-    return replace(settings, **{name: value for name, value in BEST.items() if name not in chosen})
+    """These settings with what `BEST` has instead, but for the fields that were `chosen`, and for bf16 where the device
+    is slower in it."""
+    slower = not machine.multiplies_bf16(machine.find_device(settings.device))
+    kept = {*chosen, "precision"} if slower else chosen
+    return replace(settings, **{name: value for name, value in BEST.items() if name not in kept})
 
 
 def check(settings: RunSettings, weights: bool = True) -> Pattern:
@@ -181,6 +186,8 @@ def check(settings: RunSettings, weights: bool = True) -> Pattern:
         value = getattr(settings, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{name.replace('_lr', ' learning rate')} is {value}; it must be a positive number.")
+    if settings.refine == "none" and settings.refine_alpha is not None:
+        raise UserError("--refine-alpha is of refinement by sparsefw, and --refine is none; add --refine sparsefw.")
     refine = settings.for_refine
     choice.check(settings.method, scoped, refine, settings.refit, settings.allocate)
     if refine and settings.windows is not None:

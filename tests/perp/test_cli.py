@@ -13,7 +13,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import perp
+from perp import machine
 from perp.cli import app
+from perp.settings import BEST, RunSettings, best
 
 from . import tiny
 from .families import FAMILIES
@@ -128,13 +130,24 @@ def test_a_refined_and_refitted_run_tells_of_every_linear(model, text, tmp_path)
     assert pruned / sum(counts["total"] for counts in manifest["sparsity"].values()) == pytest.approx(0.6, abs=0.04)
 
 
-def test_the_best_gives_way_to_what_is_said(model, text, tmp_path):
+@pytest.mark.parametrize("bf16, precision", [(True, "bf16"), (False, "model")])
+def test_the_best_gives_way_to_what_is_said_and_to_the_machine(model, text, tmp_path, monkeypatch, bf16, precision):
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: bf16)
     out = tmp_path / "out"
-    result = call("run", model, "--best", "--pattern", "2:4", "--method", "wanda", "--data", text, "--out", out, *SMALL)
+    job = [model, "--best", "--pattern", "2:4", "--method", "wanda", "--data", text, "--out", out, *SMALL]
+    result = call("run", *job)
     assert result.exit_code == 0, result.output
     settings = json.loads((out / "perp.json").read_text())["settings"]
     assert (settings["method"], settings["windows"]) == ("wanda", 2)
-    assert (settings["distil"], settings["precision"]) == (0.5, "bf16")
+    assert (settings["distil"], settings["precision"]) == (0.5, precision)
+
+
+def test_a_precision_that_is_asked_for_is_kept_where_it_is_slow(monkeypatch):
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: False)
+    job = RunSettings("demo", Path("out"), precision="bf16")
+    assert best(job, {"precision"}).precision == "bf16"
+    assert best(job, {"windows"}).windows is None
+    assert best(job).windows == BEST["windows"]
 
 
 @pytest.mark.parametrize("recovery", [["--retrain", "none"], ["--retrain", "lora", "--keep-adapters", "--lr", "0.1"]])

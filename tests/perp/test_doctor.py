@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -37,3 +38,9 @@ def test_a_machine_without_the_native_extension_is_told_why(monkeypatch):
     monkeypatch.setattr(doctor.cpu, "available", False)
     monkeypatch.setattr(doctor.cpu, "why", "no compiler here")
     assert "unknown (no compiler here)" in shown()
+
+
+@pytest.mark.parametrize("here, words", [(True, "bf16 products yes"), (False, "emulated and slow")])
+def test_what_bf16_costs_here_is_told(here, words, monkeypatch):
+    monkeypatch.setattr(doctor.machine, "multiplies_bf16", lambda device: here)
+    assert words in " ".join(shown().split())

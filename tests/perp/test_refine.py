@@ -22,6 +22,11 @@ def problem(pattern="0.6", tokens=600, seed=0, N=N, K=K):
     return weight, select(weight.abs() * grams[0].diagonal().sqrt(), parsed), *grams, parsed
 
 
+def free(method):
+    """Settings under which half of the kept weights may move, whatever the pattern."""
+    return RefineSettings(method, alpha=0.5 if method == "sparsefw" else None)
+
+
 def error(weight, mask, gram):
     residual = weight.double() * ~mask
     return ((residual @ gram.double()) * residual).sum().item()
@@ -37,7 +42,7 @@ def follows(mask, pattern):
 def test_the_error_falls_and_the_pattern_stays(method, text):
     weight, mask, gram, held_out, pattern = problem(text)
     begun = mask.clone()
-    found = refine(weight, mask, gram, pattern, RefineSettings(method), held_out)
+    found = refine(weight, mask, gram, pattern, free(method), held_out)
     assert torch.equal(mask, begun)
     assert follows(found.mask, pattern)
     assert found.before == pytest.approx(error(weight, mask, held_out), rel=1e-4)
@@ -46,7 +51,7 @@ def test_the_error_falls_and_the_pattern_stays(method, text):
     assert error(weight, found.mask, gram) < share * error(weight, mask, gram)
     assert found.after < share * found.before
     assert found.steps > 0
-    again = refine(weight, mask, gram, pattern, RefineSettings(method), held_out)
+    again = refine(weight, mask, gram, pattern, free(method), held_out)
     assert torch.equal(found.mask, again.mask)
 
 
@@ -117,6 +122,16 @@ def test_alpha_of_one_gives_the_warm_start(text):
     assert found.steps == 0
 
 
+@pytest.mark.parametrize("text, alpha", [("0.6", 0.9), ("0.6/matrix", 0.9), ("2:4", 0.5)])
+def test_alpha_is_the_patterns_own_unless_given(text, alpha):
+    weight, mask, gram, _, pattern = problem(text)
+    found, same, other = (
+        refine(weight, mask, gram, pattern, RefineSettings("sparsefw", alpha=one)).mask for one in (None, alpha, 0.7)
+    )
+    assert torch.equal(found, same)
+    assert not torch.equal(found, other)
+
+
 @pytest.mark.parametrize("text,rows", [("0.6", 1), ("0.6/matrix", N)])
 def test_alpha_keeps_the_highest_wanda_scores(text, rows):
     weight, mask, gram, _, pattern = problem(text)
@@ -175,7 +190,7 @@ def test_16_bit_weights_dead_inputs_and_singular_grams(method, dtype):
     x[:, [2, 7]] = 0
     weight, gram = weight.to(dtype), x.T @ x
     mask = select(weight.float().abs() * gram.diagonal().sqrt(), pattern)
-    found = refine(weight, mask, gram, pattern, RefineSettings(method))
+    found = refine(weight, mask, gram, pattern, free(method))
     assert follows(found.mask, pattern)
     assert found.after < 0.5 * found.before
     nothing = refine(weight, mask, torch.zeros(K, K), pattern, RefineSettings(method))
@@ -195,7 +210,8 @@ def test_bad_input():
         ({"method": "swaps"}, "'swaps' is no way to refine a mask; choose sparseswaps or sparsefw"),
         ({"steps": 0}, "at least 1"),
         ({"held_out": 1.0}, "between 0 and 1"),
-        ({"alpha": 1.5}, "alpha is 1.5"),
+        ({"method": "sparsefw", "alpha": 1.5}, "alpha is 1.5"),
+        ({"alpha": 0.5}, "alpha is of sparsefw, and masks are refined by sparseswaps"),
         ({"step": "1/t"}, "no step size"),
     ):
         with pytest.raises(UserError, match=words):

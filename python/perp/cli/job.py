@@ -52,12 +52,31 @@ def settings_of(
         str,
         option("--allocate", help="A share of zeros for each block: uniform or owl.", panel=PRUNING, metavar="NAME"),
     ] = "uniform",
+    skip: Annotated[
+        str,
+        option(
+            "--skip",
+            help="Linears to leave dense, by their names or the ends of them: down_proj,layers.0.*; or none.",
+            panel=PRUNING,
+            metavar="NAMES",
+        ),
+    ] = "none",
     refine: Annotated[
         str,
         option("--refine", help="Improve the masks: sparseswaps or sparsefw; or none.", panel=PRUNING, metavar="NAME"),
     ] = "none",
     refine_steps: Annotated[
         int | None, count("--refine-steps", help="Its rounds at most.", panel=PRUNING, show_default="by its method")
+    ] = None,
+    refine_alpha: Annotated[
+        float | None,
+        option(
+            "--refine-alpha",
+            help="Of sparsefw: the share of the kept weights, the highest scores, that stay kept.",
+            panel=PRUNING,
+            metavar="X",
+            show_default="0.9; 0.5 for N:M",
+        ),
     ] = None,
     refit: Annotated[
         bool, option("--refit", help="Fit each linear's kept weights to its dense output.", panel=PRUNING)
@@ -67,7 +86,7 @@ def settings_of(
         option(
             "--best",
             help="The best quality for the time: SparseGPT, half-blocks fitted to 96 windows once, MaskLoRA and norms "
-            "retrained in bf16 with distillation; options given beside it win.",
+            "retrained with distillation, in bf16 where the device has it; options given beside it win.",
             panel=PRUNING,
         ),
     ] = False,
@@ -281,8 +300,10 @@ def settings_of(
         pattern=pattern,
         method=method,
         allocate=allocate,
+        skip=names(skip),
         refine=refine,
         refine_steps=refine_steps,
+        refine_alpha=refine_alpha,
         refit=refit,
         cycles=cycles,
         schedule=schedule,

@@ -43,7 +43,7 @@ def refine(
     scope = pattern.with_scope("row")
     watch = Watch(W, mask, gram if held_out is None else held_out, _PATIENCE)
     scores = W.abs() * gram.diagonal().clamp_min(0).sqrt()
-    fixed = _fixed(scores, mask, settings.alpha, scope)
+    fixed = _fixed(scores, mask, settings.alpha_of(pattern), scope)
     # Equal entries, those that no vertex had among them, are told apart by Wanda's scores.
     ties = scores.mul_(1e-4 / scores.max().clamp_min(torch.finfo(W.dtype).tiny)).masked_fill_(fixed, torch.inf)
     relaxed = mask.to(W.dtype)  # M + F
