@@ -15,7 +15,7 @@ from bench.quality import report
 from bench.quality.__main__ import Bench, in_a_process_of_its_own, main
 from bench.quality.picture import OTHERS, _panels, picture
 from bench.quality.protocol import Protocol
-from bench.quality.rows import ROWS, Row
+from bench.quality.rows import ROWS, Row, Training
 from bench.quality.store import Store
 from bench.quality.worker import Job, execute
 from perp import manifest
@@ -39,6 +39,7 @@ ANCHORED = {
     "wanda-2:4-block-1e-3": 60.634,
     "wanda-2:4-block-5e-3": 48.055,
     "wanda-2:4-block": 48.055,
+    "wanda-2:4-norms-2e-3": 40.261,
     "wanda-2:4-norms": 40.261,
     "wanda-2:4-mask-lora": 29.861,
 }
@@ -71,6 +72,18 @@ def test_every_anchor_has_its_row() -> None:
     assert {name: row.anchor.wiki for name, row in ROWS.items() if row.anchor} == ANCHORED
     assert all(row.start is None or row.start in ROWS for row in ROWS.values())
     assert all(row.start is None or row.method is None for row in ROWS.values())
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "0.7", "2:4", "4:8"])
+def test_best_has_rivals_at_its_pattern(pattern: str) -> None:
+    assert ROWS[f"best-{pattern}"].pattern == pattern
+    rivals = {
+        (row.method, row.reconstruct)
+        for row in ROWS.values()
+        if row.pattern == pattern and not (row.retrain or row.refine or row.refit)
+    }
+    half = Training(("kept", "norms"), 3e-3)
+    assert rivals >= {("wanda", None), ("sparsegpt", None), ("wanda", half)}
 
 
 def test_jobs_survive_the_way_to_their_process(tmp_path: Path) -> None:
