@@ -1,7 +1,7 @@
 """`python -m bench.quality`: prune and recover one model by every method of a protocol, beside the anchors.
 
-Rows already in the results file under the same settings are not measured again. Rates are tuned with --validate, which
-judges on windows that are never reported.
+Rows already in the results file under the same settings are not measured again, but its page and picture are written
+anew. Rates are tuned with --validate, which judges on windows that are never reported.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from rich.console import Console
 
 from bench import machine, results
 from bench.quality import report
+from bench.quality.page import page
 from bench.quality.picture import picture
-from bench.quality.protocol import Protocol
-from bench.quality.rows import ROWS, Row
+from bench.quality.protocol import VALIDATION, Protocol
+from bench.quality.rows import ROWS, SEED, Row
 from bench.quality.store import Store
 from bench.quality.worker import Job
 from perp import demo, manifest
@@ -69,6 +70,19 @@ class Bench:
         self.store.put({**identity, **found, "anchor": None if self.validate else anchor, "settings": settings})
         return True
 
+    def merge(self, path: Path) -> None:
+        """Takes the rows of another results file in place of ours; UserError, and none taken, for other settings."""
+        found = Store(path).rows()
+        if not found:
+            raise UserError(f"{path} has no rows to merge.")
+        for row in found:
+            name, _, seed = row["row"].partition(SEED)
+            known = name in ROWS and row["settings"] == ROWS[name].at_seed(int(seed or 0)).settings(self.protocol)
+            if not known or (VALIDATION in row["perplexity"]) != self.validate:
+                raise UserError(f"{path}: {row['row']} was measured under other settings; measure it again.")
+        for row in found:
+            self.store.put(row)
+
     def _state(self, name: str) -> Path:
         return self.cache / self.protocol.name / machine.slug(name)
 
@@ -82,7 +96,8 @@ class Bench:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where a row failed, 2 for a wrong option."""
     options = _parser().parse_args(arguments)
-    names = options.rows.split(",") if options.rows else list(ROWS)
+    everything = [] if options.merge else list(ROWS)
+    names = options.rows.split(",") if options.rows else everything
     if unknown := [name for name in names if name not in ROWS]:
         print(f"there is no row {unknown[0]!r}: choose among {', '.join(ROWS)}.", file=sys.stderr)
         return 2
@@ -105,6 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suffix = "-validation" if options.validate else ""
     out = options.out or results.FOLDER / f"quality-{protocol.name}{suffix}.json"
     bench = Bench(protocol, Store(out), options.cache or demo.cache_dir() / "bench", options.validate)
+    try:
+        for path in options.merge.split(",") if options.merge else ():
+            bench.merge(Path(path))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     failed = []
     for row in rows:
         try:
@@ -115,9 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found := bench.store.rows():
         console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
         console.print(report.table(found))
-        print(report.markdown(found))
-        picture(found, out.with_suffix(".png"))
-        print(f"{len(found)} rows are in {out}, their picture beside it", file=sys.stderr)
+        shown = out.with_suffix(".png")
+        picture(found, shown)
+        out.with_suffix(".md").write_text(page(found, protocol, options.validate, shown), encoding="utf-8")
+        print(f"{len(found)} rows are in {out}, their page and picture beside it", file=sys.stderr)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -137,6 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", help="these rows only, separated by commas (see --list)")
     parser.add_argument("--list", action="store_true", help="list the rows, and run nothing")
+    parser.add_argument(
+        "--merge",
+        metavar="FILE[,FILE...]",
+        help="take the rows of these results files of the same protocol; what is measured then is what --rows names",
+    )
     parser.add_argument("--redo", action="store_true", help="measure rows again that are already there")
     parser.add_argument("--validate", action="store_true", help="judge on validation windows, into a file of its own")
     parser.add_argument("--lr", help="with --validate: other rates of the last training stage, separated by commas")

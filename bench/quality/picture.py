@@ -16,11 +16,18 @@ DENSE_PANEL, OTHERS = "dense", "other patterns"
 # A pattern with fewer rows shares a panel: a panel of one point compares nothing.
 ROWS_OF_A_PANEL = 3
 PANEL_INCHES, LINE_INCHES, KEY_SHARE = 2.6, 0.165, 0.52
+# Place, alignment, color and weight of the rank, of ours, of the anchor and of the name.
+KEY_COLUMNS = (
+    (0.03, "right", "black", "normal"),
+    (0.12, "right", OURS, "bold"),
+    (0.21, "right", ANCHOR, "normal"),
+    (0.24, "left", "black", "normal"),
+)
 
 
 def picture(rows: Rows, path: Path) -> None:
-    """In-domain perplexity against seconds, both logarithmic. Hollow points are the anchors, joined to ours; bars the
-    spread of several seeds; dashed lines the dense model's, trained or not."""
+    """In-domain perplexity against seconds, both logarithmic, the seconds the same in all panels. Hollow points are the
+    anchors, joined to ours; bars the spread of several seeds; dashed lines the dense model's, trained or not."""
     from matplotlib.figure import Figure
 
     text = judged(rows)[0]
@@ -34,6 +41,7 @@ def picture(rows: Rows, path: Path) -> None:
         len(titles),
         2,
         squeeze=False,
+        sharex="col",
         gridspec_kw={"height_ratios": heights, "width_ratios": [1 - KEY_SHARE, KEY_SHARE]},
     )
     for title, (axes, key) in zip(titles, grid, strict=True):
@@ -75,8 +83,10 @@ def _frame(axes: Axes, title: str, text: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.tick_params(labelbottom=True)
+    # A three as well where a panel may span less than a decade.
+    for axis, digits in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 2, 3, 5))):
+        axis.set_major_locator(LogLocator(subs=digits))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
     axes.set_ylabel(f"perplexity on {text}")
@@ -100,25 +110,20 @@ def _point(axes: Axes, rank: int, row: Mapping[str, Any], text: str) -> None:
 
 
 def _key(axes: Axes, shown: Rows, dense: Rows, text: str) -> None:
-    """The names by rank, with their perplexity and their anchor's."""
+    """By rank, the perplexity and the anchor's beside the name."""
     axes.axis("off")
     lines = list(_lines(shown, dense, text))
-    for number, (label, ours, anchor) in enumerate(lines):
+    for number, words in enumerate(lines):
         height = 1 - (number + 0.5) / max(len(lines), PANEL_INCHES / LINE_INCHES)
-        for place, words, color, weight in (
-            (0.0, label, "black", "bold" if not number else "normal"),
-            (0.87, ours, OURS, "bold"),
-            (0.99, anchor, ANCHOR, "normal"),
-        ):
-            side = "right" if place else "left"
+        for word, (place, side, color, weight) in zip(words, KEY_COLUMNS, strict=True):
             axes.text(
-                place, height, words, color=color, fontsize=8, fontweight=weight, ha=side, va="center",
+                place, height, word, color=color, fontsize=8, fontweight=weight, ha=side, va="center",
                 transform=axes.transAxes,
             )  # fmt: skip
 
 
-def _lines(shown: Rows, dense: Rows, text: str) -> Iterator[tuple[str, str, str]]:
-    yield "", "ours", "anchor"
+def _lines(shown: Rows, dense: Rows, text: str) -> Iterator[tuple[str, str, str, str]]:
+    yield "", "ours", "anchor", ""
     for rank, row in enumerate([*shown, *dense], start=1):
-        name = f"{rank:>2}  {row['label']}" if rank <= len(shown) else f"- -  {row['label']}"
-        yield name, f"{row['perplexity'][text]:.4g}", f"{row['anchor'][text]:.4g}" if row["anchor"] else ""
+        anchor = f"{row['anchor'][text]:#.4g}" if row["anchor"] else ""
+        yield str(rank) if rank <= len(shown) else "- -", f"{row['perplexity'][text]:#.4g}", anchor, row["label"]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import perp
+from perp.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IN_DOMAIN, OUT_OF_DOMAIN = "wiki", "sotu"
+VALIDATION, OTHER_VALIDATION = "validation", "validation, other"
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,9 @@ class Protocol:
     """The defaults are the protocol behind the anchors; a JSON file with some of these fields makes another.
 
     text: documents whose train part calibrates and trains and whose test part is judged ("wiki", in domain); other: a
-    text that is only judged, from its start ("sotu", out of domain). Rows tuned on the validation part see neither.
-    windows: how many calibrate; steps x batch windows retrain. Seeds draw windows (the first 0, the second 1).
+    text that is only judged, from its start ("sotu", out of domain). Rows are tuned on the validation part of the one
+    and on what follows the reported windows of the other. windows: how many calibrate; steps x batch windows retrain.
+    Seeds draw windows (the first 0, the second 1).
     """
 
     name: str = "smollm2-135m"
@@ -45,12 +49,24 @@ class Protocol:
         return perp.training_windows(tokenizer, train, self.seqlen, max(self.windows, self.steps * self.batch))
 
     def judged_windows(self, tokenizer: Any, validate: bool) -> dict[str, Tensor]:
-        """Windows that perplexity is reported on, or, to tune with, windows of the validation part alone."""
-        text = perp.split(perp.documents(self.text))
+        """Windows that perplexity is reported on, or, to tune with, as many of the same kind that never are."""
+        text, other = perp.split(perp.documents(self.text)), perp.documents(self.other).texts
         if validate:
-            return {"validation": perp.windows(tokenizer, text.validation, self.seqlen, self.text_windows)}
-        other = perp.documents(self.other).texts
+            return {
+                VALIDATION: perp.windows(tokenizer, text.validation, self.seqlen, self.text_windows),
+                OTHER_VALIDATION: self._behind(tokenizer, other),
+            }
         return {
             IN_DOMAIN: perp.windows(tokenizer, text.test, self.seqlen, self.text_windows),
             OUT_OF_DOMAIN: perp.windows(tokenizer, other, self.seqlen, self.other_windows),
         }
+
+    def _behind(self, tokenizer: Any, other: Sequence[str]) -> Tensor:
+        """The windows of the other text that follow those reported."""
+        found = perp.windows(tokenizer, other, self.seqlen, 2 * self.other_windows)[self.other_windows :]
+        if not len(found):
+            raise UserError(
+                f"{self.other} has no window behind the {self.other_windows} reported ones to tune on: "
+                "give a longer text or fewer other_windows."
+            )
+        return found

@@ -1,4 +1,4 @@
-"""Our figures beside the anchors': a table for the terminal and one for Markdown."""
+"""Our figures beside the anchors': a table for the terminal and one for the page."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ def joined(rows: Rows) -> list[dict[str, Any]]:
 def _mean(rows: Rows) -> dict[str, Any]:
     # Seed 0, where it is among them, comes first and has the label without a seed, and the anchor.
     first = rows[0]
+    local_errors = [row["local_error"] for row in rows if row.get("local_error") is not None]
     perplexities = {text: [row["perplexity"][text] for row in rows] for text in first["perplexity"]}
     return {
         **first,
         "label": f"{first['label']}, {len(rows)} seeds",
         "perplexity": {text: statistics.mean(values) for text, values in perplexities.items()},
         "spread": {text: statistics.stdev(values) for text, values in perplexities.items()},
+        "local_error": statistics.mean(local_errors) if len(local_errors) == len(rows) else None,
         "seconds": statistics.mean(row["seconds"] for row in rows),
         "peak_bytes": max(row["peak_bytes"] for row in rows),
     }
@@ -44,7 +46,7 @@ def _mean(rows: Rows) -> dict[str, Any]:
 
 def columns(texts: Sequence[str]) -> list[str]:
     perplexity = [title for text in texts for title in (text, "anchor", "change")]
-    return ["row", *perplexity, "zeros", "retrained", "seconds", "anchor", "peak memory"]
+    return ["row", *perplexity, "zeros", "local error", "retrained", "seconds", "anchor", "peak memory"]
 
 
 def cells(row: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
@@ -58,8 +60,12 @@ def cells(row: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
             _number(theirs),
             _change(ours, theirs),
         ]
-    seconds = anchor.get("seconds")
-    shown += [f"{100 * row['zeros']:.2f} %", f"{100 * row['retrained']:.2g} %" if row["retrained"] else ""]
+    seconds, local_error = anchor.get("seconds"), row.get("local_error")
+    shown += [
+        f"{100 * row['zeros']:.2f} %",
+        "" if local_error is None else _percent(local_error),
+        f"{100 * row['retrained']:.2g} %" if row["retrained"] else "",
+    ]
     return [
         *shown,
         f"{row['seconds']:.0f}",
@@ -80,15 +86,21 @@ def table(rows: Rows) -> Table:
 
 
 def markdown(rows: Rows) -> str:
+    """The table with the name by which `--rows` knows each row, whatever its seeds or its rate."""
     texts = judged(rows)
     titles = columns(texts)
-    lines = [titles, ["---", *("---:" for _ in titles[1:])], *(cells(row, texts) for row in joined(rows))]
+    lines = [[*titles, "NAME"], ["---", *("---:" for _ in titles[1:]), "---"]]
+    lines += [[*cells(row, texts), f"`{row['row'].partition('@')[0]}`"] for row in joined(rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _change(ours: float | None, theirs: float | None) -> str:
+    return _percent(ours / theirs - 1) if ours and theirs else ""
+
+
+def _percent(change: float) -> str:
     # Adding zero turns a rounded -0.0 into 0.0.
-    return f"{round(100 * (ours / theirs - 1), 1) + 0.0:+.1f} %" if ours and theirs else ""
+    return f"{round(100 * change, 1) + 0.0:+.1f} %"
 
 
 def _number(value: float | None) -> str:

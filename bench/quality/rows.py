@@ -149,6 +149,22 @@ _ALL = (
     Row("wanda-60", "Wanda 60 %", "wanda", "0.6", anchor=Anchor(90.296, 115.054, 71)),
     Row(WANDA_24, "Wanda 2:4", "wanda", "2:4", anchor=Anchor(121.0, 162.596, 74)),
     Row("sparsegpt-2:4", "SparseGPT 2:4", "sparsegpt", "2:4", anchor=Anchor(50.407, 94.841, 120)),
+    # Rivals of --best.
+    *(
+        row
+        for short, pattern, text in (("70", "70 %", "0.7"), ("4:8", "4:8", "4:8"))
+        for row in (
+            Row(f"wanda-{short}", f"Wanda {pattern}", "wanda", text),
+            Row(f"sparsegpt-{short}", f"SparseGPT {pattern}", "sparsegpt", text),
+            Row(
+                f"wanda-{short}-half",
+                f"Wanda {pattern} + half-block reconstruction",
+                "wanda",
+                text,
+                reconstruct=Training(KEPT_AND_NORMS, 3e-3),
+            ),
+        )
+    ),
     Row("ria-60", "RIA 60 %", "ria", "0.6"),
     Row("ria-2:4", "RIA 2:4", "ria", "2:4"),
     Row("wanda-60-matrix", "Wanda 60 % per matrix", "wanda", "0.6/matrix"),
@@ -204,12 +220,15 @@ _ALL = (
         reconstruct=Training((*MASK_LORA, *NORMS), 1e-2),
         anchor=Anchor(48.055, 86.601, 384),
     ),
-    Row(
-        "wanda-2:4-norms",
-        "Wanda 2:4 + norms retrained",
-        retrain=Training(NORMS, 2e-3),
-        start=WANDA_24,
-        anchor=Anchor(40.261, 64.457, 808),
+    *(
+        Row(
+            f"wanda-2:4-norms{suffix}",
+            f"Wanda 2:4 + norms retrained{words}",
+            retrain=Training(NORMS, lr),
+            start=WANDA_24,
+            anchor=Anchor(40.261, 64.457, 808),
+        )
+        for suffix, words, lr in (("-2e-3", ", lr 2e-3", 2e-3), ("", "", 5e-3))
     ),
     Row(
         "wanda-2:4-mask-lora",

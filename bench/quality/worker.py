@@ -6,8 +6,10 @@ The job names the row, the protocol and the files; the result is written into th
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from perp import machine, manifest, precision
 from perp.blocks import all_prunable
 from perp.iterate import divided, schedule
 from perp.progress import Progress, choose
+from perp.refine.watch import Refinement
 from perp.retrain import drawn
 
 # Both are raised by the row's own seed.
@@ -60,8 +63,9 @@ class Job:
 def execute(job: Job, progress: Progress) -> dict[str, Any]:
     """Makes the row's model and judges it.
 
-    Returns perplexity by text; the shares of zeros (of the prunable weights) and of retrained parameters (of all);
-    seconds of pruning, reconstruction and retraining, the start's included; the process's peak bytes.
+    Returns perplexity by text; the shares of zeros (of the prunable weights) and of retrained parameters (of all); what
+    refining masks did to the local error; seconds of pruning, reconstruction and retraining, the start's included; the
+    process's peak bytes.
     """
     row, protocol = job.row, job.protocol
     model, tokenizer = perp.load(str(job.start) if job.start else protocol.model)
@@ -72,7 +76,7 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
     if training and row.windows:
         windows = windows[torch.cat(drawn(len(windows), training))]
     calibration = perp.sample(windows, row.windows or protocol.windows, CALIBRATION_SEED + row.seed)
-    retrained = 0.0
+    retrained, local_error = 0.0, None
 
     started = time.monotonic()
     teacher = None
@@ -87,7 +91,8 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
             perp.prune_retrain(
                 model, calibration, windows, earlier, before, row.method, progress=progress, teacher=teacher, **choice
             )
-        masks = perp.prune_model(model, calibration, row.method, pattern, progress=progress, **choice).masks
+        pruned = perp.prune_model(model, calibration, row.method, pattern, progress=progress, **choice)
+        masks, local_error = pruned.masks, _change(pruned.refined.values())
     if training:
         perp.swap_linears(model, masks or _everything(model))
         perp.retrain_model(model, windows, training, progress, teacher)
@@ -118,6 +123,7 @@ def execute(job: Job, progress: Progress) -> dict[str, Any]:
         "perplexity": perplexity,
         "zeros": sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights),
         "retrained": retrained,
+        "local_error": local_error,
         "seconds": seconds,
         "peak_bytes": round(machine.peak() * 1e9),
     }
@@ -155,6 +161,12 @@ def _choice(row: Row) -> dict[str, Any]:
         "refit": row.refit,
         "allocate": row.allocate,
     }
+
+
+def _change(refined: Iterable[Refinement]) -> float | None:
+    """The mean over the linears of the relative change of the local error, as in the papers; None where none is."""
+    changes = [found.after / found.before - 1 for found in refined if found.before]
+    return statistics.fmean(changes) if changes else None
 
 
 def _everything(model: Any) -> dict[str, torch.Tensor]:

@@ -13,15 +13,18 @@ import perp
 from bench import results
 from bench.quality import report
 from bench.quality.__main__ import Bench, in_a_process_of_its_own, main
+from bench.quality.page import page
 from bench.quality.picture import OTHERS, _panels, picture
 from bench.quality.protocol import Protocol
-from bench.quality.rows import ROWS, Row
+from bench.quality.rows import ROWS, Row, Training
 from bench.quality.store import Store
-from bench.quality.worker import Job, execute
+from bench.quality.worker import Job, _change, execute
 from perp import manifest
 from perp.blocks import all_prunable
+from perp.errors import UserError
 from perp.iterate import divided, schedule
 from perp.progress import Silent
+from perp.refine.watch import Refinement
 from tests.perp import tiny
 
 ANCHORED = {
@@ -39,6 +42,7 @@ ANCHORED = {
     "wanda-2:4-block-1e-3": 60.634,
     "wanda-2:4-block-5e-3": 48.055,
     "wanda-2:4-block": 48.055,
+    "wanda-2:4-norms-2e-3": 40.261,
     "wanda-2:4-norms": 40.261,
     "wanda-2:4-mask-lora": 29.861,
 }
@@ -71,6 +75,18 @@ def test_every_anchor_has_its_row() -> None:
     assert {name: row.anchor.wiki for name, row in ROWS.items() if row.anchor} == ANCHORED
     assert all(row.start is None or row.start in ROWS for row in ROWS.values())
     assert all(row.start is None or row.method is None for row in ROWS.values())
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "0.7", "2:4", "4:8"])
+def test_best_has_rivals_at_its_pattern(pattern: str) -> None:
+    assert ROWS[f"best-{pattern}"].pattern == pattern
+    rivals = {
+        (row.method, row.reconstruct)
+        for row in ROWS.values()
+        if row.pattern == pattern and not (row.retrain or row.refine or row.refit)
+    }
+    half = Training(("kept", "norms"), 3e-3)
+    assert rivals >= {("wanda", None), ("sparsegpt", None), ("wanda", half)}
 
 
 def test_jobs_survive_the_way_to_their_process(tmp_path: Path) -> None:
@@ -133,8 +149,21 @@ def test_validation_sees_no_window_that_is_reported(protocol: Protocol) -> None:
     _, tokenizer = perp.load(protocol.model)
     reported = protocol.judged_windows(tokenizer, False)
     validation = protocol.judged_windows(tokenizer, True)
-    assert list(validation) == ["validation"]
-    assert all(not bool((windows[:, None] == validation["validation"]).all(-1).any()) for windows in reported.values())
+    assert list(validation) == ["validation", "validation, other"]
+    for windows in reported.values():
+        for tuned in validation.values():
+            assert not bool((windows[:, None] == tuned).all(-1).any())
+
+
+def test_the_other_validation_follows_what_is_reported(protocol: Protocol) -> None:
+    _, tokenizer = perp.load(protocol.model)
+    everything = perp.windows(tokenizer, perp.documents(protocol.other).texts, protocol.seqlen)
+    count = len(everything)
+    for reported, behind in ((2, 2), (count - 1, 1)):
+        found = replace(protocol, other_windows=reported).judged_windows(tokenizer, True)["validation, other"]
+        assert torch.equal(found, everything[reported : reported + behind])
+    with pytest.raises(UserError, match=f"no window behind the {count} reported"):
+        replace(protocol, other_windows=count).judged_windows(tokenizer, True)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +174,23 @@ def test_rows_make_the_models_they_name(name: str, protocol: Protocol) -> None:
     assert found["zeros"] == (0 if name.startswith("dense") else pytest.approx(0.5, abs=0.01))
     assert (found["retrained"] > 0) == name.startswith("dense")
     assert found["seconds"] > 0
+    assert (found["local_error"] is not None) == ("swaps" in name)
+
+
+def test_the_local_error_is_the_mean_change_of_refined_linears(protocol: Protocol) -> None:
+    refined = [Refinement(4, 3, 1), Refinement(200, 100, 1), Refinement(1, 1, 0), Refinement(0, 0, 0)]
+    # By hand: a quarter less, half less and no less, of three linears; the fourth has no error to lower.
+    assert _change(refined) == pytest.approx(-0.25)
+    assert _change([]) is _change(refined[3:]) is None
+    row = ROWS["wanda-2:4-sparseswaps"]
+    found = execute(job(row, protocol), Silent())["local_error"]
+    model, tokenizer = perp.load(protocol.model)
+    windows = perp.sample(protocol.training_windows(tokenizer), protocol.windows, 0)
+    pruned = perp.prune_model(model, windows, "wanda", "2:4", refine=perp.RefineSettings("sparseswaps"))
+    ratios = [each.after / each.before for each in pruned.refined.values()]
+    assert len(ratios) == len(all_prunable(model))
+    assert found == pytest.approx(sum(ratios) / len(ratios) - 1)
+    assert -1 < found < 0
 
 
 @pytest.mark.parametrize("part", ["full", "head", "lora_prune", "scale_lora", "spp"])
@@ -249,13 +295,21 @@ def test_tables_show_ours_beside_the_anchor() -> None:
     anchored = {"label": "Wanda", "perplexity": {"wiki": 30.0, "sotu": 50.0}, "anchor": asdict(ROWS["wanda-50"].anchor)}
     rows = [
         {"row": "wanda-50", **anchored, **FIGURES},
-        {"row": "own", "label": "own", "perplexity": {"wiki": 5.0}, "anchor": None, **FIGURES},
+        {
+            "row": "own@0.1",
+            "label": "own",
+            "perplexity": {"wiki": 5.0},
+            "anchor": None,
+            **FIGURES,
+            "local_error": -0.301,
+        },
     ]
     lines = report.markdown(rows).splitlines()
     assert lines[2] == (
-        "| Wanda | 30.000 | 32.309 | -7.1 % | 50.000 | 45.042 | +11.0 % | 50.00 % | 0.026 % | 70 | 74 | 2.50 GB |"
+        "| Wanda | 30.000 | 32.309 | -7.1 % | 50.000 | 45.042 | +11.0 % | 50.00 % |  | 0.026 % | 70 | 74 | 2.50 GB "
+        "| `wanda-50` |"
     )
-    assert lines[3] == "| own | 5.000 |  |  |  |  |  | 50.00 % | 0.026 % | 70 |  | 2.50 GB |"
+    assert lines[3] == "| own | 5.000 |  |  |  |  |  | 50.00 % | -30.1 % | 0.026 % | 70 |  | 2.50 GB | `own` |"
     assert len({line.count("|") for line in lines}) == 1
     assert report.table(rows).row_count == 2
 
@@ -272,17 +326,23 @@ def test_seeds_of_a_row_are_one_line_of_their_mean_and_spread() -> None:
             "anchor": asdict(base.anchor) if not seed else None,
             "seconds": seconds,
             "peak_bytes": 10**9 * (seed + 1),
+            "local_error": perplexity / -100,
         }
         for seed, perplexity, seconds in found
     ]
     # By hand: the mean is 85 / 3, the squares of the distances to it add up to 14 / 3, and n - 1 is 2.
     assert report.markdown(rows).splitlines()[2] == (
-        "| Wanda 2:4, 3 seeds | 28.333 ± 1.528 | 121.000 | -76.6 % | 50.00 % | 0.026 % | 30 | 74 | 3.00 GB |"
+        "| Wanda 2:4, 3 seeds | 28.333 ± 1.528 | 121.000 | -76.6 % | 50.00 % | -28.3 % | 0.026 % | 30 | 74 | 3.00 GB "
+        "| `wanda-2:4` |"
     )
     assert "28.000 |" in report.markdown(rows[1:2]).splitlines()[2]
+    old = {**rows[0], "local_error": None}
+    assert "| 50.00 % |  | 0.026 % |" in report.markdown([old, *rows[1:]])
 
 
-def test_the_picture_has_a_panel_for_each_pattern(protocol: Protocol, tmp_path: Path) -> None:
+def test_the_picture_has_a_panel_for_each_pattern(
+    protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ["dense", "wanda-2:4", "wanda-2:4-half", "wanda-2:4-norms", "wanda-60", "best-0.7", "best-4:8"]
     rows = [
         {
@@ -292,6 +352,7 @@ def test_the_picture_has_a_panel_for_each_pattern(protocol: Protocol, tmp_path: 
             "perplexity": {"wiki": 100.0 - number},
             "anchor": ROWS[name].anchor and asdict(ROWS[name].anchor),
             "settings": ROWS[name].settings(protocol),
+            "seconds": 10.0 * (number + 1),
         }
         for number, name in enumerate(names)
     ]
@@ -301,8 +362,81 @@ def test_the_picture_has_a_panel_for_each_pattern(protocol: Protocol, tmp_path: 
         "dense": ["dense"],
         OTHERS: ["best-4:8", "best-0.7", "wanda-60"],
     }
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+
+    def keep(figure: Figure, path: Path, dpi: int) -> None:
+        drawn.append(figure)
+        save(figure, path, dpi=dpi)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     picture(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    # Both panels span the seconds of all points, the anchors' too.
+    limits = {axes.get_xlim() for axes in drawn[0].axes if axes.axison}
+    assert len(limits) == 1
+    assert min(limits)[0] < 20
+    assert max(limits)[1] > 808
+
+
+COMMITTED = results.FOLDER / "quality-smollm2-135m.json"
+
+
+def _files(out: Path) -> tuple[str, bytes]:
+    return out.with_suffix(".md").read_text(encoding="utf-8"), out.with_suffix(".png").read_bytes()
+
+
+def test_the_page_and_the_picture_come_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "quality.json"
+    out.write_text(COMMITTED.read_text())
+    monkeypatch.setattr("subprocess.run", None)
+    assert main(["--rows", "wanda-60", "--out", str(out), "--cache", str(tmp_path)]) == 0
+    written, drawn = _files(out)
+    assert out.read_text() == COMMITTED.read_text()
+    assert drawn.startswith(b"\x89PNG")
+    assert "](quality.png)" in written
+    assert "--redo --rows NAME" in written
+    assert all(f"| `{row['row']}` |" in written for row in Store(out).rows())
+
+
+def test_validation_has_a_page_that_says_so(protocol: Protocol) -> None:
+    row = {"row": "dense", "label": "dense", "perplexity": {"validation": 5.0}, "anchor": None, **FIGURES}
+    told = page([row], protocol, True, Path("picture.png"))
+    assert "python -m bench.quality --validate --protocol FILE --redo --rows NAME" in told
+    assert "validation, other" in told
+    assert "test part" not in told
+
+
+def test_rows_of_another_clone_are_merged_and_none_of_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "ours.json", tmp_path / "other.json"
+    rows = {row["row"]: row for row in Store(COMMITTED).rows()}
+    Store(out).put(rows["dense"])
+    seed = ROWS["wanda-50"].at_seed(1)
+    Store(other).put({**rows["wanda-50"], "row": seed.name, "settings": seed.settings(Protocol())})
+    more = [str(other), str(COMMITTED)]
+    assert main(["--merge", ",".join(more), "--out", str(out), "--cache", str(tmp_path)]) == 0
+    assert {row["row"] for row in Store(out).rows()} == {*rows, seed.name}
+    assert "wanda-50" in _files(out)[0]
+
+    capsys.readouterr()
+    before = out.read_text()
+    stray = rows["wanda-60"]
+    for changed in (
+        {"settings": rows["wanda-50"]["settings"]},
+        {"row": "nonsense"},
+        {"perplexity": {"validation": 1.0}},
+        {"settings": {**stray["settings"], "protocol": asdict(Protocol(windows=64))}},
+    ):
+        path = tmp_path / "stray.json"
+        path.write_text(json.dumps({"rows": [rows["dense"], {**stray, "seconds": 0.0, **changed}]}))
+        assert main(["--merge", str(path), "--out", str(out)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert out.read_text() == before
+    assert main(["--merge", str(tmp_path / "absent.json"), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_wrong_options_are_refused_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
