@@ -149,12 +149,13 @@ _ALL = (
     Row("wanda-60", "Wanda 60 %", "wanda", "0.6", anchor=Anchor(90.296, 115.054, 71)),
     Row(WANDA_24, "Wanda 2:4", "wanda", "2:4", anchor=Anchor(121.0, 162.596, 74)),
     Row("sparsegpt-2:4", "SparseGPT 2:4", "sparsegpt", "2:4", anchor=Anchor(50.407, 94.841, 120)),
-    # Rivals of --best.
+    Row("wanda-70", "Wanda 70 %", "wanda", "0.7"),
+    Row("wanda-4:8", "Wanda 4:8", "wanda", "4:8"),
+    # Rivals of --best, which 50 % and 2:4 have above and below.
     *(
         row
-        for short, pattern, text in (("70", "70 %", "0.7"), ("4:8", "4:8", "4:8"))
+        for short, pattern, text in (("60", "60 %", "0.6"), ("70", "70 %", "0.7"), ("4:8", "4:8", "4:8"))
         for row in (
-            Row(f"wanda-{short}", f"Wanda {pattern}", "wanda", text),
             Row(f"sparsegpt-{short}", f"SparseGPT {pattern}", "sparsegpt", text),
             Row(
                 f"wanda-{short}-half",
