@@ -22,8 +22,8 @@ UNIT_PARTS = tuple(part for part in PARTS if part not in ("lora", "head"))
 
 # AdamW's peak rates where none is given, by the first part of each table that trains, in its order.
 #
-# Retraining: mask_lora and norms from the first trials on SmolLM2-135M; full, lora_prune, spp and scale_lora from the
-# short trials in docs/methods.md; the others are what the literature uses.
+# Retraining: mask_lora from the first trials on SmolLM2-135M; full, lora_prune, spp, scale_lora, norms and head from
+# the trials in docs/methods.md; the others are what the literature uses.
 RETRAIN_RATES = {
     "full": 4e-4,
     "kept": 1e-4,
@@ -32,7 +32,7 @@ RETRAIN_RATES = {
     "lora": 1e-3,
     "spp": 1e-2,
     "scale_lora": 3e-3,
-    "norms": 2e-3,
+    "norms": 5e-3,
     "biases": 2e-3,
     "head": 1e-3,
 }

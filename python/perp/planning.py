@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from perp import distributed, footprint, machine, models, pruners, skipped
+from perp import distributed, footprint, machine, models, precision, pruners, skipped
 from perp.granularity import Granularity
 from perp.graph import Graph
 from perp.iterate import schedule
@@ -57,6 +58,12 @@ def plan_job(job: RunSettings, rates: Rates | None = None, dense: bool = False) 
     _, pattern = pruners.resolve(job.method, job.pattern)
     with _bare_model(job.model, job.dtype, job.trust_remote_code) as model:
         skipped.find(model, pattern, job.skip)
+        if torch.bfloat16 in (model.dtype, precision.get(job.precision)) and not machine.multiplies_bf16(device):
+            warnings.warn(
+                f"this {device} has no products in bf16; float32 (--dtype float32, --precision model) is several times "
+                "faster here, in twice the memory.",
+                stacklevel=2,
+            )
         shape = _together(shape_of(model, job.reconstruct), job.reconstruct)
     work = work_of(job, device, dense)
     if rates is None:

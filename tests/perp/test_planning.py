@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,11 +14,17 @@ from typer.testing import CliRunner
 from bench import machine as bench_machine
 from bench.streaming.subjects import write_random
 from bench.streaming.worker import Job
-from perp import settings
+from perp import machine, settings
 from perp.cli import app
 from perp.planning import model_shape, plan_job, work_of
 from perp.settings import RunSettings
 
+from .test_plan import RATES
+
+SLOW = (
+    "this cpu has no products in bf16; float32 (--dtype float32, --precision model) is several times faster here, in "
+    "twice the memory."
+)
 OPT = OPTConfig(
     vocab_size=2000,
     hidden_size=768,
@@ -61,6 +68,26 @@ def test_a_plan_needs_the_configuration_alone(tmp_path):
     assert (found.fits, found.plan.stream) == (True, True)
     assert not plan_job(replace(job, windows=None, cpu_memory="50MB"), found.rates).fits
     assert plan_job(replace(job, cpu_memory=None), found.rates).plan.stream is False
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_slow_products_in_bf16_are_warned_of(tmp_path, monkeypatch, here):
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: here)
+    for name, config in (("wide", LLAMA), ("narrow", OPT)):
+        config.save_pretrained(tmp_path / name)
+    wide = RunSettings(model=str(tmp_path / "wide"), out=tmp_path / "out", device="cpu", windows=4)
+    narrow = replace(wide, model=str(tmp_path / "narrow"))
+    for job, slow in (
+        (wide, False),
+        (narrow, True),
+        (replace(wide, precision="bf16"), True),
+        (replace(narrow, dtype="float32"), False),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan_job(job, RATES)
+        told = [str(one.message) for one in caught]
+        assert told == ([] if here or not slow else [SLOW])
 
 
 def test_lines_that_are_known_or_not_asked_for_are_not_planned():
