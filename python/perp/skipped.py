@@ -38,7 +38,7 @@ def find(model: PreTrainedModel, pattern: Pattern, skip: Collection[str] = ()) -
             except PatternError as error:
                 own = name.rpartition(".")[2]
                 raise PatternError(
-                    f"{str(error).removesuffix('.')}, or leave such layers dense by skipping {own}."
+                    f"{str(error).removesuffix('.')}, or leave such layers dense with --skip {own}."
                 ) from error
     return frozenset(found)
 
