@@ -347,6 +347,14 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.parametrize("order", ["plan", "run"])
+def test_a_mixture_is_planned_without_a_word_of_torch(order, text, tmp_path):
+    process = start(order, tiny.model_dir(tmp_path, "qwen2-moe"), "--data", text, "--out", tmp_path / "out", *SMALL)
+    told, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in told + errors
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_ends_at_once_and_leaves_no_model(number, code, model, text, tmp_path):
     out = tmp_path / "out"
