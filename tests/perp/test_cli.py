@@ -222,6 +222,16 @@ def test_bad_models(model, text, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("order", ["run", "plan"])
+def test_a_model_without_linears(order, text, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = tmp_path / "model"
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    refused(call(order, model, "--data", text, "--out", tmp_path / "out", *SMALL), "hold no nn.Linear to prune")
+
+
 def test_bad_text(model, tmp_path):
     cases = {
         "missing.txt": (None, "there is no text at"),
