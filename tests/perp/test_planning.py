@@ -13,10 +13,13 @@ from typer.testing import CliRunner
 from bench import machine as bench_machine
 from bench.streaming.subjects import write_random
 from bench.streaming.worker import Job
-from perp import settings
+from perp import models, settings
 from perp.cli import app
 from perp.planning import model_shape, plan_job, work_of
 from perp.settings import RunSettings
+from perp.workload import shape_of
+
+from . import tiny
 
 OPT = OPTConfig(
     vocab_size=2000,
@@ -61,6 +64,14 @@ def test_a_plan_needs_the_configuration_alone(tmp_path):
     assert (found.fits, found.plan.stream) == (True, True)
     assert not plan_job(replace(job, windows=None, cpu_memory="50MB"), found.rates).fits
     assert plan_job(replace(job, cpu_memory=None), found.rates).plan.stream is False
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "mixtral"])
+def test_a_shape_without_weights_is_that_of_the_model(family, tmp_path):
+    """Its tied head counts once, too."""
+    path = tiny.model_dir(tmp_path, family)
+    found, expected = model_shape(str(path), None), shape_of(models.load(str(path))[0])
+    assert replace(found, graph=None) == replace(expected, graph=None)
 
 
 def test_lines_that_are_known_or_not_asked_for_are_not_planned():
