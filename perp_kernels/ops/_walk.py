@@ -37,15 +37,17 @@ def multiply(
     """y [..., N] = x W^T + bias of x [..., K]; the tiles hold whole rows."""
     N, K = shape[-2:]
     tokens = x.reshape(-1, K)
-    y = x.new_empty(len(tokens), N)
+    # What an autograd.Function returns must be no view: blocks add to it in place.
+    y = x.new_empty(*x.shape[:-1], N)
+    rows = y.view(len(tokens), N)
     for expert, begin, end in expert_spans(shape, len(tokens), offsets):
         if begin == end:
             continue
         for tile in tiles:
-            torch.mm(tokens[begin:end], form(expert, tile).t(), out=y[begin:end, tile.rows])
+            torch.mm(tokens[begin:end], form(expert, tile).t(), out=rows[begin:end, tile.rows])
         if bias is not None:
-            y[begin:end] += bias if offsets is None else bias[expert]
-    return y.view(*x.shape[:-1], N)
+            rows[begin:end] += bias if offsets is None else bias[expert]
+    return y
 
 
 def multiply_transposed(

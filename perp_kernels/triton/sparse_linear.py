@@ -157,10 +157,11 @@ def sparse_linear(
     N, K = shape[-2:]
     w = contiguous(values, index, row_ptr, layout, K)
     x_rows = rows_of(x, K)
-    y = torch.empty((len(x_rows), N), dtype=x.dtype, device=x.device)
+    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    y_rows = y.view(len(x_rows), N)  # y itself is no view, which an autograd.Function must not return
     biases = None if bias is None else bias.reshape(-1, N)
     for expert, begin, end in expert_spans(shape, len(x_rows), offsets):
-        part, tokens, out = slice_rows(w, expert * N, (expert + 1) * N), x_rows[begin:end], y[begin:end]
+        part, tokens, out = slice_rows(w, expert * N, (expert + 1) * N), x_rows[begin:end], y_rows[begin:end]
         expert_bias = None if biases is None else biases[expert]
         if layout != "dense" and end - begin <= FUSED_TOKENS:
             few_tokens(tokens, part, expert_bias, out)
@@ -168,7 +169,7 @@ def sparse_linear(
             torch.mm(tokens, effective_weight(part).t(), out=out)
             if expert_bias is not None:
                 out += expert_bias
-    return y.view(*x.shape[:-1], N)
+    return y
 
 
 def sparse_linear_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
@@ -58,9 +59,14 @@ def prunable(block: nn.Module, prefix: str) -> dict[str, Any]:
 
 
 def all_prunable(model: PreTrainedModel) -> dict[str, Any]:
-    """`prunable` of all blocks of the model, in order."""
+    """`prunable` of all blocks of the model, in order; UserError where there is nothing."""
     prefix, blocks = find_blocks(model)
-    return {name: linear for i, block in enumerate(blocks) for name, linear in prunable(block, f"{prefix}.{i}").items()}
+    found: dict[str, Any] = {}
+    for index, block in enumerate(blocks):
+        found |= prunable(block, f"{prefix}.{index}")
+    if not found:
+        raise UserError(f"the blocks of {type(model).__name__} hold no nn.Linear to prune.")
+    return found
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -215,7 +221,12 @@ class Calls:
         for index, ((hidden, arguments), called) in enumerate(zip(calls, stubbed, strict=True)):
             if not _equal(arguments, called):
                 with self.enter(index):
-                    alone = run_block(self._blocks[index], hidden, _on(self._place(index), called, {}))
+                    # A copy, since a block may leave something in its arguments for those after it.
+                    own = _on(self._place(index), copy.deepcopy(called), {})
+                    try:
+                        alone = run_block(self._blocks[index], hidden, own)
+                    except (LookupError, TypeError, AttributeError) as error:  # and these find nothing
+                        raise refused from error
                     if not close(alone.to(hidden.device), real[index]):
                         raise refused
 

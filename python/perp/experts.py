@@ -43,8 +43,10 @@ class _Open:
     def forward(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Hidden states [T, H], the experts chosen for each token and their weights, both [T, k] -> [T, H]."""
         k = chosen.shape[-1]
-        order = chosen.flatten().argsort(stable=True)
-        offsets = chosen.flatten().bincount(minlength=self.num_experts).cumsum(0)
+        ordered, order = chosen.flatten().sort(stable=True)
+        # Not by counting, where numbers make the shape: `perp.graph` runs this without any.
+        each = torch.arange(self.num_experts, dtype=ordered.dtype, device=ordered.device)
+        offsets = torch.searchsorted(ordered, each, right=True)
         up = self.gate_up_proj if self.has_gate else self.up_proj
         x = up(hidden[order // k], offsets)
         x = self.down_proj(self._apply_gate(x) if self.has_gate else self.act_fn(x), offsets)

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from perp.blocks import HIDDEN, Stop, hidden_of
+from perp.blocks import HIDDEN, Stop, hidden_of, replaced_forwards
+from perp.experts import ExpertLinear, opened
 
 # Tokens of the two runs: one tells what grows with them, both what grows with their square.
 _SHORT, _LONG = 64, 128
@@ -49,14 +51,31 @@ class Graph:
 
 
 def of_block(model: Any, block: nn.Module) -> Graph | None:
-    """Of a block of `model` that trains; None where it cannot be run without data, as experts cannot, whose tokens go
-    where the numbers say."""
-    try:
-        kept = _growth(model, *(_kept_at(model, block, tokens) for tokens in (_SHORT, _LONG)))
-        formed = _growth(model, *(_formed_at(model, block, tokens) for tokens in (_SHORT, _LONG)))
-    except Exception:  # what cannot be run so fails in its own way
-        return None
+    """Of a block of `model` that trains; None where it cannot be run without data, as where numbers decide its shapes.
+
+    Experts are open, as in every job: closed ones call the library's product, which without data is of bf16 alone.
+    """
+    with opened(model), _through_one_expert(model):
+        try:
+            kept = _growth(model, *(_kept_at(model, block, tokens) for tokens in (_SHORT, _LONG)))
+            formed = _growth(model, *(_formed_at(model, block, tokens) for tokens in (_SHORT, _LONG)))
+        except Exception:  # what cannot be run so fails in its own way
+            return None
     return Graph(kept, formed)
+
+
+@contextmanager
+def _through_one_expert(model: nn.Module) -> Iterator[None]:
+    """For the duration, all tokens go through the first of open experts: which has which only numbers tell, and what
+    is kept and formed is as large."""
+    experts = [module for module in model.modules() if isinstance(module, ExpertLinear)]
+
+    def replace(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
+        weight, bias = experts[index].weight, experts[index].bias
+        return lambda x, offsets: F.linear(x, weight[0], None if bias is None else bias[0])
+
+    with replaced_forwards(experts, replace):
+        yield
 
 
 def _growth(model: Any, short: int, long: int) -> Growth:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from perp import distributed, footprint, machine, models, precision, pruners, skipped
 from perp.granularity import Granularity
@@ -89,7 +90,11 @@ def model_shape(
 def _bare_model(name: str, dtype: str | None, trust_remote_code: bool) -> Iterator[Any]:
     """The model without weights; for the duration, it can be run, to shapes instead of numbers."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        yield _built(name, dtype, trust_remote_code)
+        # Some towers draw their weights until all are in range, which without numbers is never.
+        with no_init_weights():
+            model = _built(name, dtype, trust_remote_code)
+        model.tie_weights()
+        yield model
 
 
 def _built(name: str, dtype: str | None, trust_remote_code: bool) -> Any:

@@ -135,8 +135,6 @@ def _check(
     """Refuse what cannot be pruned; warn of weights in the blocks that are not an nn.Linear's. The names skipped."""
     prefix, blocks = find_blocks(model)
     linears = all_prunable(model)
-    if not linears:
-        raise UserError(f"the blocks of {type(model).__name__} hold no nn.Linear to prune.")
     for name, linear in linears.items():
         if linear.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"the weight of {name} is {linear.weight.dtype}; load the model unquantised to prune it.")

@@ -41,7 +41,9 @@ def trace(block: nn.Module, probe: Tensor, arguments: Arguments) -> tuple[list[C
     """
     calls, output = _run(block, probe, arguments)
     changed = probe.clone()
-    changed[:, 0] = 1 - 2 * changed[:, 0]
+    # A norm would make the same of zeros, such as the embedding of padding, and of a constant.
+    ramp = torch.linspace(-1, 1, probe.shape[-1], dtype=probe.dtype, device=probe.device)
+    changed[:, 0] = ramp - 2 * changed[:, 0]
     again, _ = _run(block, changed, arguments)
     if [call.child for call in calls] != [call.child for call in again]:
         return [], output

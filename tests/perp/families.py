@@ -113,6 +113,13 @@ MIXTURES: dict[str, Callable[[], tuple[type, t.PretrainedConfig]]] = {
     ),
 }
 
+_CHOOSERS = ("mlp.gate.", "router", "shared_expert_gate")
+
+
+def chooses(name: str) -> bool:
+    """Whether this weight of a mixture is a router's or a shared expert's gate's."""
+    return any(part in name for part in _CHOOSERS)
+
 
 def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """A model of the family with random weights, norms and biases moved off their neutral values; in eval mode."""
@@ -127,6 +134,17 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **chan
                 if parameter.ndim == 1:
                     parameter += 0.2 * torch.randn_like(parameter)
     return model.to(dtype).eval()
+
+
+def seeing(vocabulary: int) -> nn.Module:
+    """A language model with a vision tower, which transformers also loads as a language model; random weights."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = t.Gemma3TextConfig(**{**_COMMON, **_SLIDING, "vocab_size": vocabulary}, layer_types=_LAYER_TYPES)
+    tower = t.SiglipVisionConfig(**size, image_size=16, patch_size=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = t.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=5)
+        return t.Gemma3ForConditionalGeneration(config).eval()
 
 
 def windows(count: int = 4, length: int = 12, seed: int = 0) -> Tensor:

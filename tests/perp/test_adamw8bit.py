@@ -270,8 +270,8 @@ def test_a_run_uses_it_and_tells_nothing_of_the_library(tmp_path: Path):
     assert json.loads((tmp_path / "out" / "perp.json").read_text())["settings"]["optimizer"] == "adamw8bit"
 
 
-def test_where_nothing_compiles_it_runs_uncompiled(monkeypatch, caplog):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    with caplog.at_level(logging.WARNING, logger="perp"):
+def test_where_nothing_compiles_it_runs_uncompiled(caplog):
+    # Not by monkeypatch, which takes the option away at the end rather than give it its value back.
+    with torch._dynamo.config.patch(disable=True), caplog.at_level(logging.WARNING, logger="perp"):
         assert not adamw8bit.compiles(torch.device("cpu"))
     assert "adamw8bit runs uncompiled" in caplog.text

@@ -1,3 +1,5 @@
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
@@ -135,6 +137,34 @@ def test_blocks_that_hand_on_more_than_the_hidden_state_are_refused():
 
     for index, block in enumerate(layers):
         layers[index] = Leaking(block)
+    with pytest.raises(UserError, match="more than the hidden state"):
+        Calls(model, windows())
+
+
+def test_blocks_that_read_what_others_left_in_an_argument_are_refused():
+    model = build("llama")
+    layers = model.model.layers
+
+    class Leaving(nn.Module):
+        def __init__(self, block, index):
+            super().__init__()
+            self.block, self.index = block, index
+
+        def forward(self, hidden, left, **kwargs):
+            if self.index == 0:
+                left["mean"] = hidden.mean()
+            return self.block(hidden + left["mean"], **kwargs)
+
+    for index, block in enumerate(layers):
+        layers[index] = Leaving(block, index)
+
+    def forward(input_ids, use_cache):
+        hidden, left = model.model.embed_tokens(input_ids), UserDict()
+        rotary = model.model.rotary_emb(hidden, position_ids=torch.arange(input_ids.shape[1])[None])
+        for block in layers:
+            hidden = block(hidden, left, position_embeddings=rotary)
+
+    model.forward = forward
     with pytest.raises(UserError, match="more than the hidden state"):
         Calls(model, windows())
 

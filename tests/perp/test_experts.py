@@ -16,24 +16,18 @@ from perp.blocks import all_prunable, find_blocks
 from perp.errors import UserError
 from perp.linear import SparseLinear, swap_linears, unswap
 from perp.modes import MODES
-from perp.packed_model import load_packed
 from perp.prune import prune_model
 from perp.reconstruct import ReconstructSettings
 from perp.retrain import RetrainSettings
 from perp.settings import RunSettings
 from tests.perp import tiny
-from tests.perp.families import MIXTURES, build, windows
+from tests.perp.families import MIXTURES, build, chooses, windows
 
 SETTINGS = RetrainSettings(steps=4, batch=2, lr=1e-2, r=2, alpha=4)
-CHOOSERS = ("mlp.gate.", "router", "shared_expert_gate")
 
 
 def fused(model):
     return {name: linear for name, linear in all_prunable(model).items() if linear.weight.ndim == 3}
-
-
-def chooses(name):
-    return any(part in name for part in CHOOSERS)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -169,32 +163,6 @@ def test_saved_with_its_masks_and_loaded_plain(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert all(torch.equal(mask, pruned.masks[name]) for name, mask in checkpoints.masks_from_zeros(again).items())
-
-
-def test_the_whole_job(tmp_path):
-    job = RunSettings(
-        model=str(tiny.model_dir(tmp_path, "mixtral")),
-        out=tmp_path / "out",
-        pattern="2:4",
-        data=str(tiny.text_file(tmp_path)),
-        epochs=1,
-        steps=2,
-        batch=1,
-        windows=4,
-        seqlen=16,
-        eval_windows=2,
-        device="cpu",
-        precision="bf16",
-        packed=True,
-    )
-    rows = run.run(job).rows
-    assert [row.zeros for row in rows] == [0, 0.5, 0.5, 0.5]
-    again = AutoModelForCausalLM.from_pretrained(job.out)
-    masks = checkpoints.load_masks(job.out)
-    assert len(masks) == 2 * (4 + 2)
-    assert all(not all_prunable(again)[name].weight[~mask].any() for name, mask in masks.items())
-    packed, _ = load_packed(job.out)
-    assert packed(windows(2)).logits.allclose(again(windows(2)).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_adapters_of_experts_cannot_be_kept(tmp_path):

@@ -7,9 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from perp import distil, footprint, graph
 from perp.blocks import Calls, find_blocks, run_block
+from perp.experts import is_open, opened
 from perp.loss import WindowLoss
 from perp.workload import Shape, Work
 
@@ -60,9 +62,9 @@ def test_so_many_logits_are_alive_in_a_training_step(family, weight):
     assert live.most == pytest.approx(planned, rel=0.1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "bloom", "neox-parallel"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "bloom", "neox-parallel", "mixtral", "gpt-oss"])
 def test_a_block_without_data_tells_what_one_with_data_keeps(family):
-    kind, config = families.FAMILIES[family]()
+    kind, config = {**families.FAMILIES, **families.MIXTURES}[family]()
     config.max_position_embeddings = 256
     model = kind(config).eval()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -77,12 +79,31 @@ def test_a_block_without_data_tells_what_one_with_data_keeps(family):
         kept[place(tensor)] = tensor.untyped_storage().nbytes(), tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with opened(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run_block(find_blocks(model)[1][0], calls.hidden[0].clone().requires_grad_(), calls.arguments(0, [0]))
     given = {place(one) for one in tree_leaves(calls.arguments(0, [0])) if isinstance(one, torch.Tensor)}
     own = {place(weight) for weight in model.parameters()} | given
     actual = sum(size for number, (size, _) in kept.items() if number not in own)
     assert told.kept.at(tokens, tokens) == pytest.approx(actual, rel=0.1)
+
+
+def of_one(block):
+    """What counts as a model of this block, which reads zeros [1, T, 16]."""
+
+    class Model(torch.nn.Module):
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def get_decoder(self):
+            return self
+
+        def forward(self, input_ids, use_cache):
+            return self.block(torch.zeros(1, input_ids.shape[1], 16))
+
+    return Model()
 
 
 def test_a_backward_pass_forms_what_it_is_told_to():
@@ -92,18 +113,8 @@ def test_a_backward_pass_forms_what_it_is_told_to():
         def forward(self, hidden_states):
             return hidden_states * hidden_states.sigmoid() * 3
 
-    class Decoder(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block = Block()
-
-        def forward(self, input_ids, use_cache):
-            return self.block(torch.zeros(1, input_ids.shape[1], 16))
-
-    decoder = Decoder()
-    model = torch.nn.Module()
-    model.dtype, model.device, model.get_decoder = torch.float32, torch.device("cpu"), lambda: decoder
-    found = graph.of_block(model, decoder.block)
+    model = of_one(Block())
+    found = graph.of_block(model, model.block)
     state = 16 * 4
     # Kept: the input, of which the block is given a view, and the sigmoid. Formed: the gradient handed in, that of the
     # product, and the two that it becomes.
@@ -111,10 +122,30 @@ def test_a_backward_pass_forms_what_it_is_told_to():
     assert found.formed.pair == 0
 
 
-def test_experts_are_not_run_without_data():
-    model = families.build("mixtral")
+def test_experts_count_the_same_in_every_dtype():
+    """The library's product of closed experts is, without data, of bf16 alone."""
+    _, config = families.MIXTURES["qwen2-moe"]()
+    told = []
+    for dtype in (torch.float32, torch.bfloat16):
+        config.dtype = dtype
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            bare = AutoModelForCausalLM.from_config(config)
+            told.append(graph.of_block(bare, find_blocks(bare)[1][0]))
+            assert not any(map(is_open, bare.modules()))
+    assert told[0].formed.token == pytest.approx(2 * told[1].formed.token)
+    # Norms and routers compute in fp32 in both.
+    assert told[0].kept.token < 2 * told[1].kept.token < 1.2 * told[0].kept.token
+
+
+def test_a_block_whose_shapes_depend_on_numbers_is_not_counted():
+    class Block(torch.nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states + hidden_states[hidden_states > 0].sum()
+
+    model = of_one(Block())
     with FakeTensorMode(allow_non_fake_inputs=True):
-        kind, config = families.MIXTURES["mixtral"]()
-        bare = kind(config)
-        assert graph.of_block(bare, find_blocks(bare)[1][0]) is None
-    assert graph.of_head(model) == 0
+        assert graph.of_block(model, model.block) is None
+
+
+def test_the_head_behind_experts_is_run_without_them():
+    assert graph.of_head(families.build("mixtral")) == 0

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
@@ -161,27 +162,23 @@ class Fuzz:
             assert pk.sparse_linear(dense[:1], weight).shape == (1, len(dense))
 
 
-@pytest.fixture(scope="module")
-def fuzz(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzz]:
+@pytest.fixture
+def fuzz(content: bytes, tmp_path: Path) -> Iterator[Fuzz]:
     shared_memory = Path("/dev/shm")
-    folder = shared_memory if shared_memory.is_dir() else tmp_path_factory.mktemp("fuzz")
+    folder = shared_memory if shared_memory.is_dir() else tmp_path
     path = folder / f"perp-fuzz-{random.getrandbits(64):x}"
-    made = Fuzz(content, path)
-    yield made
+    yield Fuzz(content, path)
     path.unlink(missing_ok=True)
-    for kind, count in made.tried.items():
-        print(f"{kind}: {count}")
-    print(f"all: {made.tried.total()}")
 
 
-def test_every_length(fuzz: Fuzz, content: bytes) -> None:
+def every_length(fuzz: Fuzz, content: bytes) -> None:
     for length in range(len(content)):
         fuzz("cut short", content[:length])
     for extra in (b"\0", b" ", bytes(64), content):
         fuzz("made longer", content + extra)
 
 
-def test_every_bit(fuzz: Fuzz, content: bytes) -> None:
+def every_bit(fuzz: Fuzz, content: bytes) -> None:
     bits = range(8 * len(content))
     chosen = random.Random(0).sample(bits, 9000) if len(bits) > 9000 else bits
     for bit in chosen:
@@ -190,34 +187,34 @@ def test_every_bit(fuzz: Fuzz, content: bytes) -> None:
         fuzz("one bit flipped", bytes(changed))
 
 
-def test_lies_about_the_length_of_the_header(fuzz: Fuzz, content: bytes) -> None:
+def lies_about_the_length_of_the_header(fuzz: Fuzz, content: bytes) -> None:
     true = struct.unpack("<Q", content[:8])[0]
     numbers = random.Random(1)
     lies = [0, 1, true - 1, true + 1, len(content) - 8, len(content), 10**8, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
     for lie in lies + [numbers.getrandbits(numbers.randint(1, 64)) for _ in range(300)]:
-        fuzz("a lie about the header's length", struct.pack("<Q", lie) + content[8:])
+        fuzz("another length of the header", struct.pack("<Q", lie) + content[8:])
 
 
-def test_bytes_of_chance(fuzz: Fuzz, content: bytes) -> None:
+def bytes_of_chance(fuzz: Fuzz, content: bytes) -> None:
     numbers = random.Random(2)
     for _ in range(300):
         fuzz("random bytes", numbers.randbytes(numbers.randint(0, 400)))
     for _ in range(600):
         begin = numbers.randrange(len(content))
         end = min(len(content), begin + numbers.randint(1, 64))
-        fuzz("a run of bytes replaced", content[:begin] + numbers.randbytes(end - begin) + content[end:])
-        fuzz("a run of bytes left out", content[:begin] + content[end:])
+        fuzz("bytes replaced", content[:begin] + numbers.randbytes(end - begin) + content[end:])
+        fuzz("bytes left out", content[:begin] + content[end:])
 
 
-def test_headers_that_lie_under_a_right_checksum(fuzz: Fuzz, content: bytes) -> None:
+def headers_that_lie_under_a_right_checksum(fuzz: Fuzz, content: bytes) -> None:
     numbers = random.Random(3)
     for _ in range(1200):
         kind = numbers.choice(list(HEADER_CHANGES))
         changed = reseal(content, lambda header, about, kind=kind: HEADER_CHANGES[kind](header, about, numbers))
-        fuzz(f"resealed: {kind}", changed, sealed=True)
+        fuzz(kind, changed, sealed=True)
 
 
-def test_tensors_that_lie_under_right_checksums(fuzz: Fuzz, content: bytes) -> None:
+def tensors_that_lie_under_right_checksums(fuzz: Fuzz, content: bytes) -> None:
     """Values may be anything; an index or a row_ptr that is not canonical must be found.
 
     A semi24 nibble may become another rising pair, which is canonical.
@@ -232,7 +229,7 @@ def test_tensors_that_lie_under_right_checksums(fuzz: Fuzz, content: bytes) -> N
             data = bytearray(content[length:])
             data[bit // 8] ^= 1 << bit % 8
             changed = reseal(content[:length] + bytes(data))
-            fuzz("resealed: one bit of an index or row_ptr flipped", changed, sealed=name == "pairs.index")
+            fuzz("one bit of an index or a row_ptr flipped", changed, sealed=name == "pairs.index")
 
 
 JSON = st.recursive(
@@ -240,41 +237,85 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-HYPOTHESIS = settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
+HYPOTHESIS = settings(max_examples=400, deadline=None, derandomize=True)
 
 
-@HYPOTHESIS
-@given(value=JSON)
-def test_any_json(fuzz: Fuzz, value: object) -> None:
-    text = json.dumps(value).encode()
-    fuzz("any JSON as the header", struct.pack("<Q", len(text)) + text)
+def any_json(fuzz: Fuzz, content: bytes) -> None:
+    @HYPOTHESIS
+    @given(value=JSON)
+    def read(value: object) -> None:
+        text = json.dumps(value).encode()
+        fuzz("any JSON as the header", struct.pack("<Q", len(text)) + text)
+
+    read()
 
 
-@HYPOTHESIS
-@given(data=st.data())
-def test_any_json_in_the_place_of_a_part(fuzz: Fuzz, content: bytes, data: st.DataObject) -> None:
-    def change(header: dict, about: dict) -> None:
-        where: dict | list = data.draw(st.sampled_from([header, about]))
-        for _ in range(data.draw(st.integers(0, 3))):
-            inner = [value for value in (where.values() if isinstance(where, dict) else where) if value]
-            inner = [value for value in inner if isinstance(value, (dict, list))]
-            if not inner:
-                break
-            where = data.draw(st.sampled_from(inner))
-        keys = list(where) if isinstance(where, dict) else list(range(len(where)))
-        where[data.draw(st.sampled_from(keys))] = data.draw(JSON)
+def any_json_in_the_place_of_a_part(fuzz: Fuzz, content: bytes) -> None:
+    @HYPOTHESIS
+    @given(data=st.data())
+    def read(data: st.DataObject) -> None:
+        def change(header: dict, about: dict) -> None:
+            where: dict | list = data.draw(st.sampled_from([header, about]))
+            for _ in range(data.draw(st.integers(0, 3))):
+                inner = [value for value in (where.values() if isinstance(where, dict) else where) if value]
+                inner = [value for value in inner if isinstance(value, (dict, list))]
+                if not inner:
+                    break
+                where = data.draw(st.sampled_from(inner))
+            keys = list(where) if isinstance(where, dict) else list(range(len(where)))
+            where[data.draw(st.sampled_from(keys))] = data.draw(JSON)
 
-    fuzz("resealed: any JSON in the place of a part", reseal(content, change), sealed=True)
+        fuzz("any JSON in the place of a part of the header", reseal(content, change), sealed=True)
 
-
-@pytest.mark.parametrize("depth", [1_000, 100_000, 1_000_000])
-def test_nesting(fuzz: Fuzz, depth: int) -> None:
-    for text in (b"[" * depth, b"[" * depth + b"]" * depth, b'{"a":' * depth):
-        fuzz("deep nesting", struct.pack("<Q", len(text)) + text)
+    read()
 
 
-def test_enough_was_tried(fuzz: Fuzz) -> None:
-    assert fuzz.tried.total() >= 10_000
-    assert len(fuzz.tried) >= 15
+def nesting(fuzz: Fuzz, content: bytes) -> None:
+    for depth in (1_000, 100_000, 1_000_000):
+        for text in (b"[" * depth, b"[" * depth + b"]" * depth, b'{"a":' * depth):
+            fuzz("deep nesting", struct.pack("<Q", len(text)) + text)
+
+
+# How often each trial changes the file, by kind.
+TRIALS: dict[Callable[[Fuzz, bytes], None], dict[str, int]] = {
+    every_length: {"cut short": 1482, "made longer": 4},
+    every_bit: {"one bit flipped": 9000},
+    lies_about_the_length_of_the_header: {"another length of the header": 312},
+    bytes_of_chance: {"random bytes": 300, "bytes replaced": 600, "bytes left out": 600},
+    any_json: {"any JSON as the header": 400},
+    nesting: {"deep nesting": 9},
+    any_json_in_the_place_of_a_part: {"any JSON in the place of a part of the header": 400},
+    headers_that_lie_under_a_right_checksum: {
+        "another dtype": 123,
+        "another shape": 121,
+        "other offsets": 113,
+        "another layout": 126,
+        "another size of a layer": 148,
+        "another version": 124,
+        "two tensors swapped": 168,
+        "an entry left out": 138,
+        "an entry renamed": 139,
+    },
+    tensors_that_lie_under_right_checksums: {"one bit of an index or a row_ptr flipped": 752},
+}
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.__name__)
+def test_a_changed_file_gives_one_sentence_or_usable_weights(
+    trial: Callable[[Fuzz, bytes], None], fuzz: Fuzz, content: bytes
+) -> None:
+    trial(fuzz, content)
+    assert fuzz.tried == TRIALS[trial]
+
+
+def test_enough_is_tried_and_told() -> None:
+    tried = [(kind, count) for kinds in TRIALS.values() for kind, count in kinds.items()]
+    total = sum(count for _, count in tried)
+    assert total >= 10_000
+    assert len(tried) >= 15
+    document = (Path(__file__).parents[2] / "docs" / "fuzzing.md").read_text()
+    told = re.findall(r"^\| ([^|]+) \| ([\d,]+) \|$", document, re.MULTILINE)
+    *rows, (_, whole) = [(name, int(count.replace(",", ""))) for name, count in told]
+    assert whole == total
+    assert [count for _, count in rows] == [count for _, count in tried]
+    assert all(name.startswith(kind) for (name, _), (kind, _) in zip(rows, tried, strict=True))

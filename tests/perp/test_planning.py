@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 from bench import machine as bench_machine
 from bench.streaming.subjects import write_random
 from bench.streaming.worker import Job
-from perp import machine, settings
+from perp import machine, models, settings
 from perp.cli import app
 from perp.planning import model_shape, plan_job, work_of
 from perp.settings import RunSettings
+from perp.workload import shape_of
 
+from . import tiny
 from .test_plan import RATES
 
 SLOW = (
@@ -88,6 +90,14 @@ def test_slow_products_in_bf16_are_warned_of(tmp_path, monkeypatch, here):
             plan_job(job, RATES)
         told = [str(one.message) for one in caught]
         assert told == ([] if here or not slow else [SLOW])
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "mixtral"])
+def test_a_shape_without_weights_is_that_of_the_model(family, tmp_path):
+    """Its tied head counts once, too."""
+    path = tiny.model_dir(tmp_path, family)
+    found, expected = model_shape(str(path), None), shape_of(models.load(str(path))[0])
+    assert replace(found, graph=None) == replace(expected, graph=None)
 
 
 def test_lines_that_are_known_or_not_asked_for_are_not_planned():

@@ -163,6 +163,9 @@ class Toy(nn.Module):
             return x + self.mix(self.norm(x))[0] + mlp(self.norm(x))
         if self.shape == "normed stream":  # the second half reads a stream that is not what it adds to
             return self.norm(x) + mlp(self.other_norm(self.mix(self.norm(x))[0] + x))
+        if self.shape == "plain":
+            h = x + self.mix(self.norm(x))[0]
+            return h + mlp(self.other_norm(h))
         if self.shape == "biased":  # a norm with a bias after attention: of zeros it is not zero
             h = x + self.norm(self.mix(x)[0])
             return h + mlp(self.other_norm(h))
@@ -194,6 +197,13 @@ def test_blocks_that_cannot_be_cut_stay_whole(shape):
     (unit,) = split(block, "b", probe, ((), {}))
     assert unit.linear_names == ("mix.proj", "up", "down")
     assert unit.end is None
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0, -3.0])
+def test_a_first_token_that_its_norm_makes_zeros_of_is_no_matter(first):
+    block, probe = toy("plain")
+    probe[:, 0] = first
+    assert [unit.linear_names for unit in split(block, "b", probe, ((), {}))] == [("mix.proj",), ("up", "down")]
 
 
 def test_a_norm_after_attention_is_silenced_with_it():

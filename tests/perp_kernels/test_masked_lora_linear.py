@@ -88,6 +88,17 @@ def test_shapes_and_strides(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_it_returns_may_be_changed_in_place(layout: str) -> None:
+    weight, mask, w = random_weight((5, 8), layout)
+    x, A, B = normal(4, 3, 8).requires_grad_(), normal(2, 8), normal(5, 2)
+    y = masked_lora_linear(x, w, A, B, SCALE)
+    y += 1
+    y.square().sum().backward()
+    effective = weight + SCALE * (B @ A).masked_fill(~mask, 0)
+    torch.testing.assert_close(x.grad, 2 * (F.linear(x.detach(), effective) + 1) @ effective)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_empty(layout: str) -> None:
     _, _, w = random_weight((5, 8), layout)
     y, dx, dA, dB = gradients(

@@ -96,6 +96,17 @@ def test_shapes_and_strides_of_x(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_it_returns_may_be_changed_in_place(layout: str, served: None) -> None:
+    weight, _, w = random_weight((5, 8), layout)
+    x = normal(4, 3, 8).requires_grad_()
+    y = sparse_linear(x, w)
+    y += 1
+    y.square().sum().backward()
+    expected = 2 * (F.linear(x.detach(), weight) + 1) @ weight
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_empty(layout: str) -> None:
     _, _, w = random_weight((5, 8), layout)
     y, dx, dvalues = gradients(

@@ -99,6 +99,16 @@ def test_experts() -> None:
     torch.testing.assert_close(y, exact)
 
 
+def test_what_it_returns_may_be_changed_in_place() -> None:
+    weight, _, w = random_weight((19, 36), "bitmap")
+    x = normal(2, 3, 36).requires_grad_()
+    with triton("sparse_linear", "sparse_linear_backward"):
+        y = pk.sparse_linear(x, w)
+        y += 1
+        y.square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * (F.linear(x.detach(), weight) + 1) @ weight)
+
+
 def test_nothing_kept_and_everything_kept() -> None:
     x = normal(3, 40)
     for fill in (False, True):
