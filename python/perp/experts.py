@@ -152,7 +152,8 @@ def listed(block: nn.Module) -> dict[str, int]:
 def routers(block: nn.Module) -> list[nn.Module]:
     """Beside the experts, what holds a single matrix of no more outputs than there are experts.
 
-    Experts are a fused module, or a list of two or more modules with linears.
+    Experts are a fused module, one of two or more weights [E, .., ..] of another kind, or a list of two or more modules
+    with linears.
     """
     found = []
     for parent in block.modules():
@@ -171,7 +172,10 @@ def _count(module: nn.Module) -> int:
     if isinstance(module, nn.ModuleList) and len(module) > 1:
         held = (any(isinstance(m, nn.Linear) for m in expert.modules()) for expert in module)
         return len(module) if all(held) else 0
-    return 0
+    # What transformers' interface does not describe, and a convolution, of one such weight, is not.
+    stacked = {len(p) for p in module._parameters.values() if p is not None and p.ndim == 3}
+    several = sum(p is not None and p.ndim == 3 for p in module._parameters.values()) > 1
+    return stacked.pop() if several and len(stacked) == 1 else 0
 
 
 def _projections(module: Any) -> tuple[str, str]:

@@ -147,6 +147,21 @@ def seeing(vocabulary: int) -> nn.Module:
         return t.Gemma3ForConditionalGeneration(config).eval()
 
 
+def undescribed() -> nn.Module:
+    """A mixture whose fused experts transformers' interface does not describe, beside a router and a shared expert."""
+    config = t.Llama4TextConfig(
+        **{**_COMMON, "intermediate_size": 24},
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        head_dim=8,
+        attention_chunk_size=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return t.Llama4ForCausalLM(config).eval()
+
+
 def windows(count: int = 4, length: int = 12, seed: int = 0) -> Tensor:
     """Random token ids, int64 [count, length], special tokens left out."""
     generator = torch.Generator().manual_seed(seed)

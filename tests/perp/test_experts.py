@@ -21,7 +21,7 @@ from perp.reconstruct import ReconstructSettings
 from perp.retrain import RetrainSettings
 from perp.settings import RunSettings
 from tests.perp import tiny
-from tests.perp.families import MIXTURES, build, chooses, windows
+from tests.perp.families import MIXTURES, build, chooses, undescribed, windows
 
 SETTINGS = RetrainSettings(steps=4, batch=2, lr=1e-2, r=2, alpha=4)
 
@@ -44,6 +44,22 @@ def test_opening_changes_nothing_and_closing_gives_everything_back(family):
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert [type(m) for m in model.modules()] == kinds
     assert torch.equal(model(ids).logits, logits)
+
+
+def test_experts_of_another_kind_stay_dense_and_so_does_their_router():
+    model = undescribed()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match=r"4 weights .* stay dense, such as model\.layers\.0\.feed_forward\.experts"):
+        pruned = prune_model(model, windows(4), "wanda", "0.5", ReconstructSettings(lr=1e-2))
+    assert len(pruned.losses) == 4
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)}
+    assert {f"{name}.weight" for name in pruned.masks} == {name for name in changed if "norm" not in name}
+    assert not any(".experts." in name or ".router." in name for name in changed)
+
+
+def test_a_convolution_is_no_experts():
+    block = nn.ModuleDict({"mix": nn.Conv1d(8, 8, 3), "up": nn.Linear(8, 8), "down": nn.Linear(8, 2)})
+    assert list(experts.linears(block)) == ["up", "down"]
 
 
 @pytest.mark.parametrize("family", MIXTURES)
