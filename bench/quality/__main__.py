@@ -23,7 +23,7 @@ from bench.quality import report
 from bench.quality.page import page
 from bench.quality.picture import picture
 from bench.quality.protocol import VALIDATION, Protocol
-from bench.quality.rows import ROWS, SEED, Row
+from bench.quality.rows import ROWS, SEED, Row, named
 from bench.quality.store import Store
 from bench.quality.worker import Job
 from perp import demo, manifest
@@ -76,8 +76,8 @@ class Bench:
         if not found:
             raise UserError(f"{path} has no rows to merge.")
         for row in found:
-            name, _, seed = row["row"].partition(SEED)
-            known = name in ROWS and row["settings"] == ROWS[name].at_seed(int(seed or 0)).settings(self.protocol)
+            known = row["row"].partition(SEED)[0] in ROWS
+            known = known and row["settings"] == named(row["row"]).settings(self.protocol)
             if not known or (VALIDATION in row["perplexity"]) != self.validate:
                 raise UserError(f"{path}: {row['row']} was measured under other settings; measure it again.")
         for row in found:

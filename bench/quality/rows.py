@@ -290,3 +290,9 @@ _BEST = tuple(
     for pattern in ("0.5", "0.6", "0.7", "4:8", "2:4")
 )
 ROWS = {row.name: row for row in (*_ALL, *_BEST)}
+
+
+def named(name: str) -> Row:
+    """The row of that name, at the seed that the name may end with; KeyError for another, one at another rate too."""
+    plain, _, seed = name.partition(SEED)
+    return ROWS[plain].at_seed(int(seed or 0))

@@ -16,7 +16,7 @@ from bench.quality.__main__ import Bench, in_a_process_of_its_own, main
 from bench.quality.page import page
 from bench.quality.picture import OTHERS, _panels, picture
 from bench.quality.protocol import Protocol
-from bench.quality.rows import ROWS, Row, Training
+from bench.quality.rows import ROWS, SEED, Row, Training, named
 from bench.quality.store import Store
 from bench.quality.worker import Job, _change, execute
 from perp import manifest
@@ -109,7 +109,7 @@ def test_committed_rows_are_described_as_they_were_measured() -> None:
     measured = Store(results.FOLDER / "quality-smollm2-135m.json").rows()
     assert measured
     for row in measured:
-        assert row["settings"] == ROWS[row["row"]].settings(Protocol()), row["row"]
+        assert row["settings"] == named(row["row"]).settings(Protocol()), row["row"]
 
 
 def test_a_seed_raises_that_of_the_start_too() -> None:
@@ -397,7 +397,7 @@ def test_the_page_and_the_picture_come_from_the_results_alone(tmp_path: Path, mo
     assert drawn.startswith(b"\x89PNG")
     assert "](quality.png)" in written
     assert "--redo --rows NAME" in written
-    assert all(f"| `{row['row']}` |" in written for row in Store(out).rows())
+    assert all(f"| `{row['row'].partition(SEED)[0]}` |" in written for row in Store(out).rows())
 
 
 def test_validation_has_a_page_that_says_so(protocol: Protocol) -> None:
