@@ -26,7 +26,7 @@ def find(model: PreTrainedModel, pattern: Pattern, skip: Collection[str] = ()) -
         if not named:
             raise UserError(
                 f"no linear of the blocks is called {one!r}, which should be skipped; they are called, for example, "
-                f"{next(iter(linears), 'nothing')}."
+                f"{next(iter(linears))}."
             )
         found |= named
     if found and len(found) == len(linears):
