@@ -92,9 +92,7 @@ def owl(
     progress.stage("outliers", len(blocks))
     for index, block in enumerate(blocks):
         with residence.enter(index):
-            linears = {
-                name: linear for name, linear in prunable(block, f"{prefix}.{index}").items() if name not in skipped
-            }
+            linears = prunable(block, f"{prefix}.{index}", skipped)
             read = collect(block, linears, calls.hidden, partial(calls.arguments, index), "norms")
             scores = [_scores(linear.weight, read[name]) for name, linear in linears.items()]
             if scores:
