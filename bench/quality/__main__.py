@@ -77,8 +77,8 @@ class Bench:
             raise UserError(f"{path} has no rows to merge.")
         for row in found:
             known = row["row"].partition(SEED)[0] in ROWS
-            same = known and row["settings"] == named(row["row"]).settings(self.protocol)
-            if not same or (VALIDATION in row["perplexity"]) != self.validate:
+            known = known and row["settings"] == named(row["row"]).settings(self.protocol)
+            if not known or (VALIDATION in row["perplexity"]) != self.validate:
                 raise UserError(f"{path}: {row['row']} was measured under other settings; measure it again.")
         for row in found:
             self.store.put(row)

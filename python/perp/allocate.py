@@ -92,7 +92,9 @@ def owl(
     progress.stage("outliers", len(blocks))
     for index, block in enumerate(blocks):
         with residence.enter(index):
-            linears = prunable(block, f"{prefix}.{index}", skipped)
+            linears = {
+                name: linear for name, linear in prunable(block, f"{prefix}.{index}").items() if name not in skipped
+            }
             read = collect(block, linears, calls.hidden, partial(calls.arguments, index), "norms")
             scores = [_scores(linear.weight, read[name]) for name, linear in linears.items()]
             if scores:

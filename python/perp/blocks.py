@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -53,11 +53,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return next(name for name, module in model.named_modules() if module is blocks), blocks
 
 
-def prunable(block: nn.Module, prefix: str, skipped: Collection[str] = ()) -> dict[str, Any]:
-    """The weights to prune, `perp.experts.linears` of the block, by name qualified with `prefix`, in module order; but
-    for those whose qualified names are `skipped`."""
-    named = {f"{prefix}.{name}": linear for name, linear in linears(block).items()}
-    return {name: linear for name, linear in named.items() if name not in skipped}
+def prunable(block: nn.Module, prefix: str) -> dict[str, Any]:
+    """The weights to prune, `perp.experts.linears` of the block, by name qualified with `prefix`, in module order."""
+    return {f"{prefix}.{name}": linear for name, linear in linears(block).items()}
 
 
 def all_prunable(model: PreTrainedModel) -> dict[str, Any]:

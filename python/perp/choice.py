@@ -61,9 +61,9 @@ class Choice:
         self.refined: dict[str, Refinement] = {}
         self.unread: list[str] = []
 
-    def pruned(self, unit: Unit) -> dict[str, Any]:
-        """The unit's linears that are not skipped."""
-        return {name: linear for name, linear in unit.linears.items() if name not in self.skipped}
+    def pruned(self, linears: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the linears that are not skipped."""
+        return {name: linear for name, linear in linears.items() if name not in self.skipped}
 
     def prune(self, unit: Unit, statistics: Mapping[str, Statistics], pattern: Pattern) -> None:
         """Prune the unit's linears; of the projection of several experts, each expert's matrix by itself.
@@ -71,7 +71,7 @@ class Choice:
         The matrices are spread over the ranks. A pruned weight is new memory: the old one may be mapped from a file,
         and would stay in memory for a copy.
         """
-        linears, masks = self.pruned(unit), {}
+        linears, masks = self.pruned(unit.linears), {}
         costs = {label: _cost(own) for name, linear in linears.items() for label, own in _parts(name, linear.weight)}
         owners = distributed.spread(costs)
         with distributed.together():

@@ -173,8 +173,9 @@ def _count(module: nn.Module) -> int:
         held = (any(isinstance(m, nn.Linear) for m in expert.modules()) for expert in module)
         return len(module) if all(held) else 0
     # What transformers' interface does not describe, and a convolution, of one such weight, is not.
-    counts = [len(p) for p in module._parameters.values() if p is not None and p.ndim == 3]
-    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else 0
+    stacked = {len(p) for p in module._parameters.values() if p is not None and p.ndim == 3}
+    several = sum(p is not None and p.ndim == 3 for p in module._parameters.values()) > 1
+    return stacked.pop() if several and len(stacked) == 1 else 0
 
 
 def _projections(module: Any) -> tuple[str, str]:

@@ -322,7 +322,7 @@ class _Job:
         arguments: Callable[..., Any],
     ) -> None:
         """Fit a pruned unit, if anything is to be made good: of it, or of the blocks before it."""
-        if self.settings and (self.choice.pruned(unit) or (unit.linear_names and self.settings.two_models)):
+        if self.settings and (self.choice.pruned(unit.linears) or (unit.linear_names and self.settings.two_models)):
             keep = self.flow.keeps_targets
             self.figures.losses[unit.name] = fit(
                 unit, self.choice.masks, inputs, targets, arguments, self.settings, keep
@@ -347,7 +347,7 @@ class _Job:
         if choice.needs is None:
             return {}
         hidden = self.flow.hidden if hidden is None else hidden
-        linears = prunable(block, parts[0].prefix, choice.skipped)
+        linears = choice.pruned(prunable(block, parts[0].prefix))
         return collect(block, linears, hidden, arguments, choice.needs, choice.held_out)
 
     def _observe(

@@ -30,7 +30,21 @@ def _hurry() -> Iterator[None]:
 
 
 def job(model: Path, precision: str = "model") -> RunSettings:
-    return tiny.job(model, pattern="2:4", packed=True, precision=precision)
+    return RunSettings(
+        model=str(model),
+        out=model.parent / "out",
+        data=str(tiny.text_file(model.parent)),
+        pattern="2:4",
+        epochs=1,
+        steps=2,
+        batch=1,
+        windows=2,
+        seqlen=16,
+        eval_windows=2,
+        device="cpu",
+        packed=True,
+        precision=precision,
+    )
 
 
 def state(directory: str | Path) -> dict[str, Tensor]:

@@ -23,7 +23,18 @@ from . import tiny
 def settings(tmp_path_factory) -> RunSettings:
     """A job of a moment; each test gives it an output directory of its own."""
     directory = tmp_path_factory.mktemp("job")
-    return tiny.job(tiny.model_dir(directory))
+    return RunSettings(
+        model=str(tiny.model_dir(directory)),
+        out=directory / "out",
+        data=str(tiny.text_file(directory)),
+        epochs=1,
+        steps=2,
+        batch=1,
+        windows=2,
+        seqlen=16,
+        eval_windows=2,
+        device="cpu",
+    )
 
 
 def stages(settings: RunSettings, dense: list[Row] | None = None) -> list[str]:

@@ -138,8 +138,21 @@ def test_experts_refined_and_refitted_beside_skipped_ones():
 def settings(tmp_path_factory) -> RunSettings:
     """A model whose down_proj 2:4 does not divide."""
     directory = tmp_path_factory.mktemp("job")
-    model = tiny.model_dir(directory, intermediate_size=50)
-    return tiny.job(model, pattern="2:4", skip=("down_proj",), packed=True)
+    return RunSettings(
+        model=str(tiny.model_dir(directory, intermediate_size=50)),
+        out=directory / "out",
+        data=str(tiny.text_file(directory)),
+        pattern="2:4",
+        skip=("down_proj",),
+        epochs=1,
+        steps=2,
+        batch=1,
+        windows=2,
+        seqlen=16,
+        eval_windows=2,
+        device="cpu",
+        packed=True,
+    )
 
 
 def check(out: Path) -> dict[str, torch.Tensor]:

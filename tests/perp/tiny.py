@@ -9,8 +9,6 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from perp.settings import RunSettings
-
 from .families import build
 
 _SENTENCE = "the a river stone runs under old bridges while clouds gather over seven hills and rain falls on roofs"
@@ -59,10 +57,3 @@ def model_dir(directory: Path, family: str = "llama", **changes: Any) -> Path:
     build(family, vocab_size=len(words), **changes).save_pretrained(path)
     words.save_pretrained(path)
     return path
-
-
-def job(model: Path, **changes: Any) -> RunSettings:
-    """A job of a moment on a model directory, its text and its output beside that."""
-    sizes: dict[str, Any] = {"windows": 2, "seqlen": 16, "eval_windows": 2, "epochs": 1, "steps": 2, "batch": 1}
-    data = str(text_file(model.parent))
-    return RunSettings(str(model), model.parent / "out", data=data, device="cpu", **{**sizes, **changes})
